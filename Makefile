@@ -1,0 +1,51 @@
+# Every target is one command that also works by itself.
+.DEFAULT_GOAL := help
+PY := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)/bin/
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup:  ## make the environment
+	bash -c 'source ci/env.sh'
+
+fmt:  ## format
+	$(PY)ruff format . && $(PY)ruff check --fix .
+
+lint:  ## ruff
+	$(PY)ruff check . && $(PY)ruff format --check .
+
+types:  ## mypy, strict
+	$(PY)mypy
+
+layers:  ## import-linter
+	$(PY)lint-imports
+
+test:  ## unit tests with branch coverage
+	$(PY)pytest -q -m "not slow" --cov
+
+attacks:  ## hostile files
+	$(PY)pytest -q tests/attacks
+
+notebooks:  ## run the committed notebooks again and keep their outputs
+	$(PY)python ci/refresh_notebooks.py
+
+report:  ## the suite on the bundled model
+	bash ci/run_papermill.sh
+
+size:  ## lines of code against the budget
+	@echo "apr_core (without kernels and engines):" $$(find apr_core -name '*.py' -not -path '*/kernels/*' -not -path '*/engines/*' | xargs cat | wc -l) of 12000
+	@echo "tests:" $$(find tests -name '*.py' | xargs cat | wc -l)
+
+check:  ## what CI runs
+	bash ci/test.sh
+
+slow:  ## minutes of work that CI has no time for
+	$(PY)pytest -q -m slow
+
+bench-reference:  ## tokens per second of the reference against the machine's ceiling
+	$(PY)python benchmarks/bench_reference.py
+
+clean:  ## caches
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+
+.PHONY: help setup fmt lint types layers test attacks notebooks report size check slow bench-reference clean

@@ -1,0 +1,10 @@
+"""``python -m apr_core``: the same as ``apr``."""
+
+from __future__ import annotations
+
+import sys
+
+from apr_core.cli.app import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""
+The ceiling of decoding: every weight is read once per token, so memory bandwidth bounds the rate.
+
+Two counts of bytes are kept apart. *Stored* bytes are those of the file, which an engine that computes on the stored
+types reads per token. *Read* bytes are those that the engine at hand really moves: the torch reference holds float32,
+four bytes per parameter, whatever the file holds. A rate is held against the read bytes only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apr_core.contract.layout import EMBEDDING, HEAD, Geometry
+from apr_core.dtypes import QuantFormat
+from apr_core.formats.checkpoint import TensorInfo
+
+# Far beyond any cache: a larger buffer reads no faster, and a model of 7 billion parameters must not need its size twice.
+LARGEST_BUFFER = 1 << 29
+# A sample of less than this is mostly the cost of starting threads.
+_SHORTEST_S = 0.002
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """
+    What one token reads.
+
+    Attributes:
+        stored: Bytes in the types of the file.
+        elements: Parameters read.
+    """
+
+    stored: int
+    elements: int
+
+    def read(self, bytes_per_element: int = 4) -> int:
+        """Bytes that an engine reads which holds every parameter in so many bytes (4: float32)."""
+        return bytes_per_element * self.elements
+
+
+def bytes_per_token(tensors: Mapping[str, TensorInfo], geometry: Geometry) -> TokenBytes:
+    """
+    Add up what one token reads, from the tensor table: each tensor once.
+
+    Of an embedding that is not the head too, one row is read; a tied one is read whole, as the head. A tied model that
+    stores its head a second time still reads one of the two.
+    """
+    stored = elements = 0
+    for name, info in tensors.items():
+        if name == HEAD and geometry.tied:
+            continue
+        rows = info.shape[0] if name == EMBEDDING and not geometry.tied else 1
+        stored += info.nbytes // rows
+        elements += math.prod(info.shape) // rows
+    return TokenBytes(stored, elements)
+
+
+def architecture_bytes(types: Mapping[str, QuantFormat], geometry: Geometry) -> int:
+    """
+    Add up the bytes of all tensors from the architecture's formulas, independently of the table's shapes and sizes.
+
+    Args:
+        types: Element type by canonical name: all that is taken from the file.
+        geometry: The sizes; every shape is written out here a second time, on purpose.
+    """
+    g = geometry
+    queries, keys = g.num_attention_heads * g.head_dim, g.num_key_value_heads * g.head_dim
+    shapes = {
+        "self_attn.q_proj.weight": (queries, g.hidden_size),
+        "self_attn.k_proj.weight": (keys, g.hidden_size),
+        "self_attn.v_proj.weight": (keys, g.hidden_size),
+        "self_attn.q_proj.bias": (1, queries),
+        "self_attn.k_proj.bias": (1, keys),
+        "self_attn.v_proj.bias": (1, keys),
+        "self_attn.o_proj.weight": (g.hidden_size, queries),
+        "mlp.gate_proj.weight": (g.intermediate_size, g.hidden_size),
+        "mlp.up_proj.weight": (g.intermediate_size, g.hidden_size),
+        "mlp.down_proj.weight": (g.hidden_size, g.intermediate_size),
+        "input_layernorm.weight": (1, g.hidden_size),
+        "post_attention_layernorm.weight": (1, g.hidden_size),
+    }
+    matrices = {f"model.layers.{n}.{name}": shape for n in range(g.num_hidden_layers) for name, shape in shapes.items()}
+    matrices |= {EMBEDDING: (g.vocab_size, g.hidden_size), "model.norm.weight": (1, g.hidden_size)}
+    if not g.tied:
+        matrices[HEAD] = (g.vocab_size, g.hidden_size)
+    return sum(_stored(types[name], *shape) for name, shape in matrices.items() if name in types)
+
+
+def _stored(dtype: QuantFormat, rows: int, columns: int) -> int:
+    """Bytes of a matrix, from the block geometry alone."""
+    if dtype.layout == "tensor":
+        return dtype.block_bytes + rows * columns
+    if dtype.layout == "flat":
+        return math.ceil(rows * columns / dtype.block_elements) * dtype.block_bytes
+    return rows * math.ceil(columns / dtype.block_elements) * dtype.block_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Roofline:
+    """
+    The bandwidth ceiling of one model on one machine.
+
+    Attributes:
+        read_bytes: Bytes that the engine moves per token.
+        samples_gb_s: Read bandwidth, every sample in order, 1e9 bytes per second.
+    """
+
+    read_bytes: int
+    samples_gb_s: NDArray[np.float64]
+
+    @property
+    def read_gb_s(self) -> float:
+        """The best sample: a ceiling is what the machine can do, not what it did on average."""
+        return float(self.samples_gb_s.max()) if self.samples_gb_s.size else math.nan
+
+    @property
+    def ceiling_tok_s(self) -> float:
+        """Tokens per second at that bandwidth."""
+        return self.read_gb_s * 1e9 / self.read_bytes
+
+    def mbu(self, decode_tok_s: float) -> float:
+        """Model bandwidth utilisation: the bandwidth that a decode rate implies over the ceiling."""
+        return decode_tok_s * self.read_bytes / (self.read_gb_s * 1e9)
+
+
+@dataclass
+class Bandwidth:
+    """
+    A buffer of a model's size, read again and again between the timed repeats.
+
+    The size matters: weights that fit a cache are read faster than memory, and a ceiling measured in memory would then
+    be broken by honest tokens. Threads are those that torch uses, as in the model.
+    """
+
+    nbytes: int
+    samples: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        import torch
+
+        size = max(4096, min(self.nbytes, LARGEST_BUFFER)) // 4
+        rows = max(1, math.isqrt(size))
+        # ones, not empty or zeros: untouched pages are all one page, which reads at the speed of the cache
+        self._matrix = torch.ones(rows, size // rows)
+        self._vector = torch.ones(size // rows)
+
+    def sample(self) -> None:
+        """Read the buffer by a matrix-vector product and by a sum, and keep the rate of each."""
+        for read in (lambda: self._matrix @ self._vector, self._matrix.sum):
+            read()
+            passes, start = 0, time.perf_counter_ns()
+            while (elapsed := (time.perf_counter_ns() - start) * 1e-9) < _SHORTEST_S or not passes:
+                read()
+                passes += 1
+            self.samples.append(passes * self._matrix.nbytes / elapsed / 1e9)
+
+    def roofline(self) -> Roofline:
+        """Return what was measured so far."""
+        return Roofline(self.nbytes, np.array(self.samples))

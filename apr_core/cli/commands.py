@@ -1,0 +1,186 @@
+"""The commands and their options. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from apr_core.errors import UsageError
+
+SkipContract = Annotated[
+    bool,
+    typer.Option("--skip-contract", help="Run a refused model all the same; marks every output. Diagnosis ignores it."),
+]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model file or folder, or 'pygmy'.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print strict JSON.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
+Reference = Annotated[str, typer.Option(metavar="PATH", help="The model that this one claims to be made from.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Put every command of this module into the application."""
+    for command in (run, inspect, validate, qa, synth):
+        app.command()(command)
+    app.command(cls=Suite)(suite)
+
+
+def _skips(context: typer.Context, here: bool) -> bool:
+    """``--skip-contract`` counts before and after the command."""
+    return here or bool((context.obj or {}).get("skip_contract"))
+
+
+def run(
+    context: typer.Context,
+    model: Model,
+    text: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="What to say to it.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The same, as an option.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Tokens to generate at most.")] = 32,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the K likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest of this joint probability.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    device: Device = "auto",
+    stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
+    skip_contract: SkipContract = False,
+) -> None:
+    """Answer a prompt: the generated text on stdout, everything else on stderr."""
+    from apr_core.cli.run import answer
+
+    if text is not None and prompt is not None:
+        raise UsageError("two prompts were given", advice="give it either behind the model or with --prompt")
+    said = prompt if prompt is not None else text
+    if said is None:
+        raise UsageError("no prompt was given", advice="put it in quotes behind the model")
+    answer(
+        model,
+        said,
+        system=system,
+        raw=raw,
+        sampling={
+            "max_new_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        },
+        device=device,
+        stream=stream,
+        skip_contract=_skips(context, skip_contract),
+    )
+
+
+def inspect(
+    model: Model,
+    as_json: AsJson = False,
+    digest: Annotated[
+        bool, typer.Option("--hash", help="Compute the sha256 of the weights: reads every byte.")
+    ] = False,
+) -> None:
+    """Describe a file without judging it; works on files that the contract refuses."""
+    from apr_core.cli.inspect import describe, show_description
+    from apr_core.cli.output import show_json
+
+    body = describe(model, digest=digest)
+    show_json(body) if as_json else show_description(body)
+
+
+def validate(model: Model, as_json: AsJson = False) -> None:
+    """Judge a file by every gate and list all violations; exit 5 when it is refused."""
+    from apr_core.cli.validate import judgement, show_judgement
+
+    raise typer.Exit(show_judgement(judgement(model), as_json=as_json))
+
+
+def qa(
+    context: typer.Context,
+    model: Model,
+    reference: Reference = "",
+    device: Device = "auto",
+    as_json: AsJson = False,
+    skip_contract: SkipContract = False,
+) -> None:
+    """Try to refute a model claim by claim, without notebooks; exit 5 when one is refuted, 11 when one is undecided."""
+    from apr_core.cli.qa import examine, show_examination
+
+    skip = _skips(context, skip_contract)
+    body = examine(model, reference=reference, device=device, skip_contract=skip)
+    raise typer.Exit(show_examination(body, as_json=as_json))
+
+
+def synth(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder (safetensors) or file (gguf).")],
+    shape: Annotated[str, typer.Option(metavar="qwen2.5-coder-0.5b|1.5b|7b|pygmy", help="Exact shape.")],
+    container: Annotated[str, typer.Option("--format", metavar="safetensors|gguf", help="Format.")] = "safetensors",
+    dtype: Annotated[str, typer.Option(metavar="f32|f16|bf16|q8_0|q4_k_m", help="Type; blocks need gguf.")] = "bf16",
+    tokenizer: Annotated[
+        str, typer.Option(metavar="DIR|none", help="A tokenizer to take, or none.", show_default="one is made")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Write an untrained model of exact shape with plausible random weights."""
+    from apr_core.cli.synth import write_synthetic
+
+    write_synthetic(out, shape=shape, format=container, dtype=dtype, tokenizer=tokenizer, seed=seed)
+
+
+class Suite(TyperCommand):
+    """``-p NAME VALUE`` takes two arguments and may be repeated, as papermill's does; typer knows no such option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Join each pair to the one argument that the declared option takes."""
+        joined: list[str] = []
+        left = iter(args)
+        for argument in left:
+            joined.append(argument)
+            if argument == "-p":
+                name, value = next(left, None), next(left, None)
+                if name is None or value is None:
+                    raise UsageError("expected a name and a value behind -p", advice="write -p NAME VALUE")
+                joined.append(f"{name}={value}")
+        return super().parse_args(ctx, joined)
+
+
+def suite(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(metavar="PATH", help="A model file or folder, or 'pygmy'.")] = "pygmy",
+    reference: Reference = "",
+    device: Device = "auto",
+    only: Annotated[str, typer.Option(metavar="00,20", help="Notebooks to run; all when left out.")] = "",
+    out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for everything that is written.")] = "",
+    timeout_s: Annotated[int, typer.Option("--timeout-s", min=1, metavar="N", help="Seconds per cell.")] = 600,
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A notebook parameter; may be repeated.")
+    ] = None,
+    skip_contract: SkipContract = False,
+) -> None:
+    """Run the notebooks on a model and conclude from the evidence that they leave."""
+    from apr_core.cli.runner import run_suite
+
+    parameters: dict[str, str] = {}
+    for pair in parameter or []:
+        name, _, value = pair.partition("=")
+        if name in parameters:
+            raise UsageError(f"parameter {name} was given twice", advice="give it once")
+        parameters[name] = value
+    code = run_suite(
+        model=model,
+        reference=reference,
+        device=device,
+        only=only,
+        out=out,
+        timeout_s=timeout_s,
+        parameters=parameters,
+        skip_contract=_skips(context, skip_contract),
+    )
+    raise typer.Exit(code)

@@ -1,0 +1,139 @@
+"""``apr run``: one answer. The generated text goes to stdout, what was done to get it to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from apr_core.cli.output import WHOLE, note
+from apr_core.cli.progress import progress
+from apr_core.contract.admit import Admission, admit
+from apr_core.engines.subject import DEVICES, resolve_model
+from apr_core.errors import UsageError
+from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
+from apr_core.report.text import clean, seconds
+
+if TYPE_CHECKING:
+    from apr_core.model.generate import Generation
+    from apr_core.model.tokens import PreparedTokens, Tokenizer
+
+_UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
+
+
+def answer(
+    model: str,
+    prompt: str,
+    *,
+    system: str | None,
+    raw: bool,
+    sampling: Mapping[str, Any],
+    device: str,
+    stream: bool,
+    skip_contract: bool,
+) -> None:
+    """
+    Answer one prompt.
+
+    Args:
+        model: Path, or ``pygmy``.
+        prompt: What the user says.
+        system: A system message; None for the template's own.
+        raw: Give the text as it is.
+        sampling: As `generate` takes it.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        stream: Print tokens as they come.
+        skip_contract: The explicit bypass.
+
+    Raises:
+        AprError: As the steps raise it: usage 2, not found 3, format 4, refused 5, no tokenizer 6, inference 8,
+            no such device 9.
+    """
+    from apr_core.engines.load import build
+    from apr_core.model.generate import generate
+    from apr_core.model.tokens import load_tokenizer
+
+    if device not in DEVICES:
+        raise UsageError(f"expected a device of {', '.join(DEVICES)}, found {device!r}")
+    with open_checkpoint(resolve_model(model)) as checkpoint:
+        # Before the weights are judged and loaded: a missing tokenizer or a refused prompt shows at once.
+        prepared = _prepare(load_tokenizer(checkpoint), prompt, system, raw=raw)
+        where = _device(device)
+        loaded = build(_admit(checkpoint, skip_contract), device=where)
+        note(f"{checkpoint.path.name}: {checkpoint.format}, {loaded.backend} on {loaded.device}")
+        started = time.monotonic()
+        generation = generate(loaded, prepared, **sampling)
+        first = _print(generation, stream=stream)
+        _account(generation, prepared, started, first)
+        if sampling["temperature"]:
+            note(f"sampled with --seed {generation.seed}")
+
+
+def _prepare(tokenizer: Tokenizer, prompt: str, system: str | None, *, raw: bool) -> PreparedTokens:
+    """Make the tokens, and say in which way: a wrapped prompt and an unwrapped one give different answers."""
+    from apr_core.model.tokens import prepare_tokens
+
+    if raw or tokenizer.chat_template is None:
+        if system is not None:
+            raise UsageError("a system message needs the chat template", advice="leave out --system")
+        why = "--raw" if raw else "a base model without a chat template"
+        note(f"raw: the prompt is not wrapped ({why})")
+        return prepare_tokens(tokenizer, text=prompt)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    note(f"chat: the model's own template (sha256 {str(tokenizer.template_hash)[:12]})")
+    return prepare_tokens(tokenizer, messages=[*messages, {"role": "user", "content": prompt}])
+
+
+def _admit(checkpoint: Checkpoint, skip: bool) -> Admission:
+    with progress("measuring") as step:
+        admission = admit(checkpoint, skip=skip, progress=lambda done, total, _: step(done, total))
+    admission.require()
+    if skip:
+        found = len(admission.violations)
+        note(f"contract bypassed (--skip-contract): {found} violations are ignored; nothing can be concluded from this")
+    if str(checkpoint.metadata.get("apr.untrained", "")).lower() == "true":
+        note("an untrained model of `apr synth`: its text has no meaning")
+    return admission
+
+
+def _device(asked: str) -> str:
+    """Resolve ``auto``; a device that was asked for and is not there is an error, before minutes of judging."""
+    from apr_core.engines.load import engine_for
+
+    if asked == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    engine_for("reference", asked)
+    return asked
+
+
+def _print(generation: Generation, *, stream: bool) -> float:
+    """Generate and print; return when the first token was there (monotonic seconds)."""
+    first, printed = 0.0, 0
+    for _ in generation:
+        first = first or time.monotonic()
+        if stream:
+            text = generation.text
+            if not text.endswith(_UNFINISHED):  # the next token may complete the character
+                _write(text[printed:])
+                printed = len(text)
+    _write(generation.text[printed:] + "\n")
+    return first
+
+
+def _write(text: str) -> None:
+    # A terminal obeys control characters, and a model can be made to say them; a pipe gets the exact text.
+    sys.stdout.write(clean(text, WHOLE) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def _account(generation: Generation, prepared: PreparedTokens, started: float, first: float) -> None:
+    count, end = len(generation.ids), time.monotonic()
+    first = first or end
+    rest = f", then {(count - 1) / (end - first):.1f} tokens/s" if count > 1 and end > first else ""
+    note(
+        f"{prepared.ids.size} prompt tokens, {count} generated, stopped by {generation.stopped}; "
+        f"first after {seconds(first - started)}{rest}"
+    )

@@ -1,0 +1,420 @@
+"""
+The gates: thresholds as data (gates.toml), and pure judgement of measurements and of layout against them.
+
+Nothing here raises for a defect of a model: it returns every violation at once, and the types (`types`) raise.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from math import isnan, nan
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apr_core.contract.layout import EMBEDDING, HEAD, KINDS, Geometry, Role, expected_tensors, layer_of, role_of
+from apr_core.dtypes import QuantFormat
+from apr_core.errors import AprError
+from apr_core.formats import codecs
+from apr_core.formats.gguf import GgufMetadata
+
+if TYPE_CHECKING:
+    from apr_core.contract.stats import TensorStats
+    from apr_core.formats.checkpoint import Checkpoint, TensorInfo
+
+# Names listed in one message; the violation itself keeps all of them.
+_MOST_NAMES = 20
+_HEAD_CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Gate:
+    """
+    One rule with its limit; one row of gates.toml. Several rows may share an id.
+
+    Attributes:
+        id: The published id, e.g. ``F-DATA-QUALITY-001``.
+        rule: What is measured, e.g. ``zero_percent``.
+        threshold: The limit; a value equal to it passes.
+        unit: Unit of the measured value and of the limit.
+        direction: ``at_most`` or ``at_least``.
+        applies_to: Kinds of tensors, ``model`` or ``config``.
+        exempt: Kinds for which the rule is deliberately not asked.
+        severity: 1 to 5.
+        waivable: Whether the explicit bypass may run a model in spite of it.
+        says: The message, with ``{measured}`` and ``{limit}``.
+        source: Where rule and limit come from.
+    """
+
+    id: str
+    rule: str
+    threshold: float
+    unit: str
+    direction: str
+    applies_to: tuple[str, ...]
+    exempt: tuple[str, ...]
+    severity: int
+    waivable: bool
+    says: str
+    source: str
+
+    def holds(self, measured: float) -> bool:
+        """Return whether a value passes; written so that NaN fails."""
+        return measured <= self.threshold if self.direction == "at_most" else measured >= self.threshold
+
+    def judge(
+        self, tensor: str, measured: float, *, message: str = "", detail: str = "", names: tuple[str, ...] = ()
+    ) -> list[Violation]:
+        """Return one violation when the value fails, none when it holds."""
+        if self.holds(measured):
+            return []
+        number = _number(measured, self.threshold, self.unit)
+        text = message or self.says.format(measured=number, limit=f"{self.threshold:.15g}")
+        if detail:
+            text += f" ({detail})"
+        value = None if isnan(measured) else float(measured)
+        return [Violation(self.id, tensor, value, self.threshold, self.unit, text, self.rule, self.waivable, names)]
+
+
+@dataclass(frozen=True)
+class Violation:
+    """
+    One failed gate. Prints as one line: gate, tensor, measured value, limit.
+
+    Attributes:
+        gate: Id of the gate.
+        tensor: Canonical name; for a group the first name; empty when the config itself is at fault.
+        measured: The measured value; None where there is no number to give.
+        limit: The limit that it broke.
+        unit: Unit of both.
+        message: What is wrong.
+        rule: Which rule of the gate.
+        waivable: Whether the explicit bypass may go on.
+        names: Every tensor (or config key) concerned, where one violation speaks of several.
+    """
+
+    gate: str
+    tensor: str
+    measured: float | None
+    limit: float
+    unit: str
+    message: str
+    rule: str
+    waivable: bool
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"[{self.gate}] {f'tensor {self.tensor}' if self.tensor else 'config'}: {self.message}"
+
+
+@dataclass(frozen=True)
+class GateTable:
+    """
+    All gates, in the order in which they are judged, and the constants of measuring.
+
+    Attributes:
+        version: Grows with every change; recorded with each admission, so that an old one no longer counts.
+        gates: The rows.
+        zero_below: Magnitude below which a value counts as zero.
+        spot_percent: Where in the vocabulary the spot rows lie.
+        dead_row_l2: Norm below which a row is dead.
+        ternary: Types whose zeros are counted by whole blocks.
+        integers: Types that hold no weights.
+    """
+
+    version: int
+    gates: tuple[Gate, ...]
+    zero_below: float
+    spot_percent: tuple[int, ...]
+    dead_row_l2: float
+    ternary: tuple[str, ...]
+    integers: tuple[str, ...]
+
+    def select(self, rule: str, kind: str) -> Iterator[Gate]:
+        """Yield the rows of one rule that apply to a kind."""
+        return (gate for gate in self.gates if gate.rule == rule and kind in gate.applies_to)
+
+    def one(self, rule: str) -> Gate:
+        """Return the only row of a rule of the model or the config."""
+        (gate,) = (gate for gate in self.gates if gate.rule == rule)
+        return gate
+
+
+@cache
+def load_gates() -> GateTable:
+    """Read gates.toml from the installed package, never from the working directory; cached."""
+    text = resources.files("apr_core.contract").joinpath("gates.toml").read_text(encoding="utf-8")
+    return parse_gates(text)
+
+
+def parse_gates(text: str) -> GateTable:
+    """
+    Read a gate table.
+
+    Raises:
+        ValueError: A row names an unknown rule, kind or direction, or exempts what it applies to. A rule that nothing
+            measures would be a gate that cannot fail.
+    """
+    table = tomllib.loads(text)
+    gates = []
+    for row in table["gate"]:
+        gate = Gate(**{**row, "applies_to": tuple(row["applies_to"]), "exempt": tuple(row["exempt"])})
+        kinds = (*gate.applies_to, *gate.exempt)
+        if gate.rule not in RULES or gate.direction not in ("at_most", "at_least") or not gate.applies_to:
+            raise ValueError(f"gate {gate.id}: rule {gate.rule!r}, {gate.direction!r}, applies to {gate.applies_to}")
+        if len(set(kinds)) != len(kinds) or not set(kinds) <= {*KINDS, "model", "config"}:
+            raise ValueError(f"gate {gate.id}, {gate.rule}: kinds {kinds}")
+        gates.append(gate)
+    measure = table["measure"]
+    return GateTable(
+        version=int(table["version"]),
+        gates=tuple(gates),
+        zero_below=float(measure["zero_below"]),
+        spot_percent=tuple(measure["spot_percent"]),
+        dead_row_l2=float(measure["dead_row_l2"]),
+        ternary=tuple(measure["ternary"]),
+        integers=tuple(measure["integers"]),
+    )
+
+
+def _number(measured: float, limit: float, unit: str) -> str:
+    """Write a number so that it can be told from the limit that it broke: never `80.0 % zeros, at most 80 %`."""
+    if unit != "%" or isnan(measured):
+        return f"{measured:.10g}"
+    for digits in range(1, 15):
+        text = f"{measured:.{digits}f}"
+        if float(text) != limit:
+            return text
+    return repr(measured)
+
+
+def _nonfinite_detail(stats: TensorStats) -> str:
+    return f"{stats.nans} NaN, {stats.infs} infinite, of {stats.count}"
+
+
+def _spot_detail(stats: TensorStats) -> str:
+    return ", ".join(f"row {row}: {norm:.3g}" for row, norm in stats.row_l2) or "no row was measured"
+
+
+_TENSOR_RULES: Mapping[str, tuple[Callable[[TensorStats], float], Callable[[TensorStats], str]]] = {
+    "zero_percent": (lambda s: s.zero_percent, lambda s: "" if s.count else "no values"),
+    "nonfinite_values": (lambda s: s.nans + s.infs, _nonfinite_detail),
+    "nonfinite_scales": (lambda s: s.nonfinite_scales, lambda s: ""),
+    "l2": (lambda s: s.l2, lambda s: ""),
+    "spread": (lambda s: s.spread, lambda s: ""),
+    "spot_l2": (lambda s: s.spot_l2, _spot_detail),
+}
+_LAYOUT_RULES = ("shape", "byte_difference", "element_type", "head_differs", "missing", "beyond", "config_keys")
+
+
+def judge_tensor(stats: TensorStats, role: Role) -> list[Violation]:
+    """Judge the numbers of one tensor by every data gate that applies to its role."""
+    found: list[Violation] = []
+    for gate in load_gates().gates:
+        if gate.rule in _TENSOR_RULES and role.kind in gate.applies_to:
+            value, detail = _TENSOR_RULES[gate.rule]
+            found += gate.judge(stats.name, value(stats), detail=detail(stats))
+    return found
+
+
+def needs_spot_rows(role: Role) -> bool:
+    """Return whether a gate asks for the row norms of this role."""
+    return any(True for _ in load_gates().select("spot_l2", role.kind))
+
+
+def judge_layout(checkpoint: Checkpoint, geometry: Geometry) -> list[Violation]:
+    """
+    Judge names, shapes, byte lengths, a stored tied head, and the config of an opened model.
+
+    The order is the model's, not the file's: config, completeness, then tensor by tensor.
+
+    Cost: reads no weights, but for a stored head beside a tied embedding whose bytes differ.
+    """
+    found = judge_config(checkpoint, geometry) + judge_names(checkpoint.tensors, geometry)
+    for name, (role, shape) in expected_tensors(geometry).items():
+        if name in checkpoint.tensors:
+            found += judge_span(checkpoint.tensors[name], role, shape)
+    if geometry.tied and HEAD in checkpoint.tensors:
+        found += _judge_tied_head(checkpoint, geometry)
+    return found
+
+
+def judge_span(info: TensorInfo, role: Role, shape: tuple[int, ...]) -> list[Violation]:
+    """Judge shape, element type and byte length of one tensor."""
+    table, found = load_gates(), list[Violation]()
+    for gate in table.select("shape", role.kind):
+        found += gate.judge(info.name, _differing(info.shape, shape), message=_shape_message(info.shape, shape))
+    for gate in table.select("element_type", role.kind):
+        wrong = info.dtype.name in table.integers
+        found += gate.judge(info.name, int(wrong), message=f"stored as {info.dtype}, which holds no weights")
+    for gate in table.select("byte_difference", role.kind):
+        demanded = info.dtype.nbytes(info.shape)
+        detail = f"{info.nbytes} stored, {demanded} demanded by {info.dtype} {list(info.shape)}"
+        found += gate.judge(info.name, abs(info.nbytes - demanded), detail=detail)
+    return found
+
+
+def undecodable(name: str, role: Role, reason: str) -> list[Violation]:
+    """Refuse a tensor whose type nothing decodes: what cannot be judged must not pass."""
+    return [v for gate in load_gates().select("element_type", role.kind) for v in gate.judge(name, 1, message=reason)]
+
+
+def _differing(found: tuple[int, ...], expected: tuple[int, ...]) -> int:
+    return abs(len(found) - len(expected)) + sum(a != b for a, b in zip(found, expected, strict=False))
+
+
+def _shape_message(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    message = f"shape {list(found)}, expected {list(expected)}"
+    if 0 in found:
+        return f"{message}: it is empty; the file was written from a sharded model that was not gathered"
+    return f"{message}: reversed; re-import the file" if found == expected[::-1] else message
+
+
+def judge_names(tensors: Mapping[str, TensorInfo], geometry: Geometry) -> list[Violation]:
+    """Judge that every tensor of the model is there, and that none belongs to a layer past the last."""
+    table, expected = load_gates(), expected_tensors(geometry)
+    missing = tuple(name for name in expected if name not in tensors)
+    # a known tensor of layer 24 in a model of 24 layers: the config is another model's
+    beyond = tuple(
+        sorted(n for n in tensors if role_of(n) is not None and (layer_of(n) or 0) >= geometry.num_hidden_layers)
+    )
+    found = list[Violation]()
+    if missing:
+        of = f"{len(missing)} of {len(expected)} tensors missing: {_listed(missing)}"
+        found += table.one("missing").judge(missing[0], len(missing), message=of, names=missing)
+    if beyond:
+        of = f"{len(beyond)} tensors past the {geometry.num_hidden_layers} layers of the config: {_listed(beyond)}"
+        found += table.one("beyond").judge(beyond[0], len(beyond), message=of, names=beyond)
+    return found
+
+
+def judge_keys(problems: tuple[str, ...]) -> list[Violation]:
+    """Refuse a model whose config does not state its sizes; `problems` as `layout.read_geometry` words them."""
+    message = f"the config {', '.join(problems)}; put the model's own config.json beside it"
+    return load_gates().one("config_keys").judge("", len(problems), message=message, names=problems)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    rest = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _judge_tied_head(checkpoint: Checkpoint, geometry: Geometry) -> list[Violation]:
+    """A tied model may store its head, but only the embedding once more, within what the two types lose."""
+    role = role_of(HEAD)
+    assert role is not None
+    info, other = checkpoint.tensors[HEAD], checkpoint.tensors.get(EMBEDDING)
+    found = judge_span(info, role, role.shape(geometry))
+    if found or other is None or other.shape != info.shape or other.nbytes != other.dtype.nbytes(other.shape):
+        return found
+    try:
+        differing, compared = _values_beyond(checkpoint)
+    except AprError as error:  # a type without a decoder or a bound: what cannot be compared must not pass
+        return undecodable(HEAD, role, str(error))
+    for gate in load_gates().select("head_differs", role.kind):
+        found += gate.judge(HEAD, differing, detail=f"of {compared}; {info.dtype} against {other.dtype}")
+    return found
+
+
+def _values_beyond(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Count the head's values that lie outside the joint error bound of both types around the embedding's."""
+    head, embedding = checkpoint.raw(HEAD), checkpoint.raw(EMBEDDING)
+    rows, columns = head.info.shape
+    if head.info.dtype == embedding.info.dtype and np.array_equal(head.data, embedding.data):
+        return 0, rows * columns
+    both: list[QuantFormat] = [head.info.dtype, embedding.info.dtype]
+    streamed = all(dtype.layout == "row" for dtype in both)
+    step = max(1, _HEAD_CHUNK // columns) if streamed else rows
+    beyond = 0
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        a = codecs.decode_rows(head, start, stop) if streamed else codecs.decode(head)
+        b = codecs.decode_rows(embedding, start, stop) if streamed else codecs.decode(embedding)
+        with np.errstate(all="ignore"):
+            # both are roundings of one unknown matrix, so their bounds add up
+            bound = codecs.step_bound(a, head.info.dtype) + codecs.step_bound(b, embedding.info.dtype)
+            beyond += int(np.count_nonzero(~(np.abs(a - b) <= bound)))
+    return beyond, rows * columns
+
+
+def _stated(config: Mapping[str, object], key: str) -> float | None:
+    """Read a number; None when absent, NaN (which fails every gate) when it is something else."""
+    value = config.get(key)
+    if value is None:
+        # transformers 5 nests the RoPE base; to read only the flat key would call a healthy model broken
+        nested = config.get("rope_parameters")
+        value = nested.get(key) if isinstance(nested, Mapping) else None
+    if value is None:
+        return None
+    try:
+        return nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        return nan
+
+
+def _remainder_of_heads(config: Mapping[str, object], geometry: Geometry) -> float:
+    return geometry.num_attention_heads % geometry.num_key_value_heads
+
+
+def _remainder_of_hidden(config: Mapping[str, object], geometry: Geometry) -> float | None:
+    # with head_dim stated the heads need not add up to the hidden size (Qwen3)
+    return None if config.get("head_dim") is not None else geometry.hidden_size % geometry.num_attention_heads
+
+
+def _rope_theta(config: Mapping[str, object], geometry: Geometry) -> float:
+    # absent is not legal here: every reader would put its own default in, and the common one is the wrong one
+    theta = _stated(config, "rope_theta")
+    return nan if theta is None else theta
+
+
+_CONFIG_RULES: Mapping[str, Callable[[Mapping[str, object], Geometry], float | None]] = {
+    "rope_theta_low": _rope_theta,
+    "rope_theta_high": lambda config, _: _stated(config, "rope_theta"),
+    "rms_norm_eps_low": lambda config, _: _stated(config, "rms_norm_eps"),
+    "rms_norm_eps_high": lambda config, _: _stated(config, "rms_norm_eps"),
+    "context_low": lambda config, _: _stated(config, "max_position_embeddings"),
+    "context_high": lambda config, _: _stated(config, "max_position_embeddings"),
+    "heads_per_kv_head": _remainder_of_heads,
+    "hidden_per_head": _remainder_of_hidden,
+}
+_VOCABULARY_RULES = ("vocab_rows", "tokens_over_rows")
+RULES: frozenset[str] = frozenset([*_TENSOR_RULES, *_LAYOUT_RULES, *_CONFIG_RULES, *_VOCABULARY_RULES])
+
+
+def judge_config(checkpoint: Checkpoint, geometry: Geometry) -> list[Violation]:
+    """Judge that the config is one that a Qwen2 can have, and that its vocabulary fits the embedding."""
+    config = checkpoint.config or {}
+    found = list[Violation]()
+    for gate in load_gates().gates:
+        if gate.rule in _CONFIG_RULES:
+            value = _CONFIG_RULES[gate.rule](config, geometry)
+            if value is not None:  # absent is legal where the rule says so
+                found += gate.judge("", value)
+    return found + _judge_vocabulary(checkpoint, geometry)
+
+
+def _judge_vocabulary(checkpoint: Checkpoint, geometry: Geometry) -> list[Violation]:
+    info = checkpoint.tensors.get(EMBEDDING)
+    # of a matrix that is not [something, hidden] the shape gate speaks: its rows are not tokens
+    if info is None or len(info.shape) != 2 or info.shape[1] != geometry.hidden_size:
+        return []
+    rows, table = info.shape[0], load_gates()
+    detail = f"vocab_size {geometry.vocab_size}, embedding rows {rows}"
+    found = table.one("vocab_rows").judge("", abs(geometry.vocab_size - rows), detail=detail)
+    tokens = _embedded_tokens(checkpoint.metadata)
+    if tokens is not None:
+        detail = f"{tokens} tokens, {rows} rows"
+        found += table.one("tokens_over_rows").judge("", tokens - rows, detail=detail)
+    return found
+
+
+def _embedded_tokens(metadata: Mapping[str, object]) -> int | None:
+    """Return how many tokens the container's own tokenizer has (GGUF and APR carry one), without parsing them."""
+    if isinstance(metadata, GgufMetadata):
+        return metadata.array_length("tokenizer.ggml.tokens")
+    tokens = metadata.get("tokenizer.vocabulary")
+    return len(tokens) if isinstance(tokens, list) else None

@@ -1,0 +1,126 @@
+"""
+From a path to a running model: open, admit, build. The only way that an action takes.
+
+Engines are registered by precision and device. Asking for one that is not there is an error that names those that are;
+nothing falls back to another precision or device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from apr_core.contract.admit import Admission, admit
+from apr_core.contract.types import ValidatedModel
+from apr_core.engines.plain import PlainQwen2
+from apr_core.errors import LoadError, Unavailable, UsageError
+from apr_core.model.tokens import Tokenizer, load_tokenizer
+from apr_core.model.trace import TracedForward
+
+PRECISIONS = ("reference", "exact", "speed")
+DEVICES = ("cpu", "cuda")
+Build = Callable[[ValidatedModel, str, Tokenizer | None], TracedForward]
+
+
+def load_model(
+    path: str | Path, *, device: str = "cpu", precision: str = "reference", skip_contract: bool = False
+) -> TracedForward:
+    """
+    Open a model file, put it through every gate, and build an engine for it.
+
+    Args:
+        path: What `open_checkpoint` takes.
+        device: ``cpu`` or ``cuda``.
+        precision: ``reference`` (float32 torch), ``exact`` or ``speed``.
+        skip_contract: The explicit bypass: gates are judged and not enforced, and the model is marked ``bypassed``.
+
+    Raises:
+        UsageError: An unknown device or precision.
+        NotFound, FormatError: There is no such file, or it is no model.
+        ContractViolation: A gate refuses it; every violation is listed.
+        LoadError: No configuration, one that is not supported, a tokenizer of another model, or too little memory.
+        Unavailable: No such engine, or no such device here.
+    """
+    engine_for(precision, device)  # before minutes of judging: what cannot run is said at once
+    return build(admit(path, skip=skip_contract), device=device, precision=precision)
+
+
+def build(admission: Admission, *, device: str = "cpu", precision: str = "reference") -> TracedForward:
+    """
+    Build an engine for an admitted file.
+
+    Raises:
+        UsageError, ContractViolation, LoadError, Unavailable: As `load_model`.
+    """
+    make = engine_for(precision, device)
+    validated = admission.require()
+    try:
+        return make(validated, device, tokenizer_of(validated))
+    except MemoryError as error:
+        raise LoadError(f"{admission.checkpoint.path} does not fit into memory: {error}", advice="free some") from error
+
+
+def load_plain(source: str | Path | Admission | ValidatedModel) -> PlainQwen2:
+    """
+    Build the independent float64 forward of a path, an admission or a validated model.
+
+    Raises:
+        NotFound, FormatError, ContractViolation, LoadError: As `load_model`.
+    """
+    if isinstance(source, str | Path):
+        source = admit(source)
+    validated = source.require() if isinstance(source, Admission) else source
+    return PlainQwen2(validated, tokenizer_of(validated))
+
+
+def tokenizer_of(validated: ValidatedModel) -> Tokenizer | None:
+    """
+    Return the tokenizer that came with the weights, or None when none did.
+
+    Raises:
+        LoadError: It has more tokens than the embedding has rows, so it is another model's.
+        FormatError: It is there and malformed.
+    """
+    try:
+        tokenizer = load_tokenizer(validated.checkpoint)
+    except LoadError:
+        return None
+    rows = validated.geometry.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise LoadError(
+            f"the tokenizer in {tokenizer.source} has {tokenizer.vocab_size} tokens, the embedding has {rows} rows",
+            advice="use the tokenizer that belongs to this model",
+        )
+    return tokenizer
+
+
+def engine_for(precision: str, device: str) -> Build:
+    """
+    Return the builder that is registered for a precision on a device.
+
+    Raises:
+        UsageError: An unknown precision or device.
+        Unavailable: None is registered, or the device is not there.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"expected a precision of {', '.join(PRECISIONS)}, found {precision!r}")
+    if device not in DEVICES:
+        raise UsageError(f"expected a device of {', '.join(DEVICES)}, found {device!r}")
+    if (precision, device) not in ENGINES:
+        there = ", ".join(f"{p} on {d}" for p, d in ENGINES)
+        raise Unavailable(f"no engine for precision {precision} on {device}; there is {there}", advice="choose one")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise Unavailable("no CUDA device here", advice="use device cpu")
+    return ENGINES[precision, device]
+
+
+def _reference(validated: ValidatedModel, device: str, tokenizer: Tokenizer | None) -> TracedForward:
+    from apr_core.model.qwen2 import Qwen2
+
+    return Qwen2(validated, device, tokenizer)
+
+
+ENGINES: dict[tuple[str, str], Build] = {("reference", "cpu"): _reference, ("reference", "cuda"): _reference}

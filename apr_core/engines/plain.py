@@ -1,0 +1,148 @@
+"""
+The second opinion: Qwen2 again, in numpy and float64, written from the equations and from nothing in ``model/``.
+
+It shares with the reference the configuration, the names of a trace and the tokenizer, and no line of the forward: a
+loop over heads and positions instead of batched products, a rotation of complex numbers instead of two real products,
+one growing array per head instead of a stacked cache. Slow on purpose; a mistake has to be made twice to go unseen.
+
+Exactness: float64 arithmetic on the float32 values that the stored types decode to.
+Cost: every tensor is decoded when it is used, each time; beyond the cache it holds one tensor in float32, and the rows
+    that are being multiplied in float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apr_core.contract.types import ValidatedModel
+from apr_core.model.config import Qwen2Config
+from apr_core.model.tokens import Tokenizer
+from apr_core.model.trace import Trace
+
+F64 = NDArray[np.float64]
+_ROWS = 8192  # rows of a matrix that are in float64 at a time
+
+
+class PlainCache:
+    """Per layer and key-value head: rotated keys and values, float64 [length, head_dim]."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        self.length = 0
+        empty = np.empty((0, config.head_dim))
+        grid = [[empty] * config.num_key_value_heads for _ in range(config.num_hidden_layers)]
+        self.keys, self.values = grid, [list(row) for row in grid]
+
+
+class PlainQwen2:
+    """
+    An admitted model, computed the slow way. Implements `TracedForward`.
+
+    Args:
+        validated: The admitted weights and their configuration.
+        tokenizer: The model's own, when it has one.
+
+    Raises:
+        LoadError: The configuration asks for arithmetic that is not written here.
+    """
+
+    backend = "plain"
+    device = "cpu"
+
+    def __init__(self, validated: ValidatedModel, tokenizer: Tokenizer | None = None) -> None:
+        self.config = Qwen2Config.of(validated)
+        self.tokenizer = tokenizer
+        self.bypassed = validated.bypassed
+        self._tensors = validated.tensors
+
+    def new_cache(self) -> PlainCache:
+        """Return an empty cache."""
+        return PlainCache(self.config)
+
+    def forward(
+        self, ids: NDArray[np.int64], cache: PlainCache | None = None, trace: Trace | None = None
+    ) -> NDArray[np.float32]:
+        """
+        Return the logits, float32 [tokens, vocab_size], of ``ids`` int64 [tokens].
+
+        Raises:
+            InferenceError: An id outside the vocabulary, nothing to compute, or more positions than the model has.
+        """
+        state = PlainCache(self.config) if cache is None else cache
+        ids = self.config.check_input(ids, state.length)
+        hidden = self._tensors["model.embed_tokens.weight"].values()[ids].astype(np.float64)
+        seen: dict[str, F64] = {}
+        for layer in range(self.config.num_hidden_layers):
+            hidden = hidden + self._attend(layer, self._normed(hidden, layer, "input_layernorm"), state, seen)
+            seen[f"layers.{layer}.resid_attn"] = hidden
+            hidden = hidden + self._feed(layer, self._normed(hidden, layer, "post_attention_layernorm"))
+            seen[f"layers.{layer}.resid_ffn"] = hidden
+        state.length += ids.size
+        seen["final_hidden"] = hidden = self._rms(hidden, "model.norm.weight")
+        head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        seen["logits"] = logits = self._times(hidden, head)
+        if trace is not None:
+            for name, values in seen.items():
+                trace.record(name, values)
+        return logits.astype(np.float32)
+
+    def _attend(self, layer: int, x: F64, cache: PlainCache, seen: dict[str, F64]) -> F64:
+        """Attention of one layer, one query head and one position at a time."""
+        config, start = self.config, cache.length
+        width, name = config.head_dim, f"model.layers.{layer}.self_attn"
+        q, k, v = (self._times(x, f"{name}.{part}_proj") for part in "qkv")
+        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+        q, k = (
+            np.hstack([self._turned(y[:, h * width : (h + 1) * width], start) for h in range(heads[part])])
+            for part, y in (("q", q), ("k", k))
+        )
+        seen |= {f"layers.{layer}.q": q, f"layers.{layer}.k": k, f"layers.{layer}.v": v}
+        for h in range(heads["k"]):
+            mine = slice(h * width, (h + 1) * width)
+            cache.keys[layer][h] = np.vstack([cache.keys[layer][h][:start], k[:, mine]])
+            cache.values[layer][h] = np.vstack([cache.values[layer][h][:start], v[:, mine]])
+        mixed = np.empty_like(q)
+        for h in range(heads["q"]):
+            shared = h * heads["k"] // heads["q"]  # consecutive query heads share a key-value head
+            keys, values = cache.keys[layer][shared], cache.values[layer][shared]
+            for row in range(x.shape[0]):
+                visible = start + row + 1
+                similarity = keys[:visible] @ q[row, h * width : (h + 1) * width] / np.sqrt(width)
+                share = np.exp(similarity - similarity.max())
+                mixed[row, h * width : (h + 1) * width] = share @ values[:visible] / share.sum()
+        seen[f"layers.{layer}.attn_output"] = out = self._times(mixed, f"{name}.o_proj")
+        return out
+
+    def _turned(self, x: F64, start: int) -> F64:
+        """Rotate ``x`` [tokens, head_dim]: its two halves are the real and the imaginary parts."""
+        half = x.shape[1] // 2
+        speed = np.array([self.config.rope_theta ** (-2 * i / x.shape[1]) for i in range(half)])
+        position = np.arange(start, start + x.shape[0])
+        turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * position[:, None] * speed[None, :])
+        return np.hstack([turned.real, turned.imag])
+
+    def _feed(self, layer: int, x: F64) -> F64:
+        """Return the gated feed-forward of one layer."""
+        gate, up = (self._times(x, f"model.layers.{layer}.mlp.{part}_proj") for part in ("gate", "up"))
+        # The logistic function through tanh: exp(-gate) overflows for a gate below -709.
+        opened = gate * (0.5 * (1 + np.tanh(0.5 * gate)))
+        return self._times(opened * up, f"model.layers.{layer}.mlp.down_proj")
+
+    def _normed(self, x: F64, layer: int, part: str) -> F64:
+        return self._rms(x, f"model.layers.{layer}.{part}.weight")
+
+    def _rms(self, x: F64, name: str) -> F64:
+        """Divide each row by its root mean square and multiply by the gain ``name``."""
+        size = np.sqrt((x * x).sum(axis=1) / x.shape[1] + self.config.rms_norm_eps)
+        scaled: F64 = x / size[:, None] * self._tensors[name].values().astype(np.float64)
+        return scaled
+
+    def _times(self, x: F64, name: str) -> F64:
+        """Apply the projection ``name`` to each row of ``x``, its bias included when it has one."""
+        weight = self._tensors[f"{name}.weight"].values()
+        out = np.empty((x.shape[0], weight.shape[0]))
+        for at in range(0, weight.shape[0], _ROWS):
+            out[:, at : at + _ROWS] = x @ weight[at : at + _ROWS].astype(np.float64).T
+        if f"{name}.bias" in self._tensors:
+            out += self._tensors[f"{name}.bias"].values()
+        return out

@@ -1,0 +1,1 @@
+"""Claims, evidence, verdicts, rounds, score: pure records that know neither torch nor any architecture."""

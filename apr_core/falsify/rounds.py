@@ -1,0 +1,250 @@
+"""A round: the claims of one run held against one subject, and the verdict, score and exit code of the whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from apr_core.errors import Exit, FormatError, UsageError
+from apr_core.falsify.claims import Claim, claims_of, load_claims
+from apr_core.falsify.evidence import Evidence, SubjectRecord, make_evidence, read_evidence, read_folder, write_evidence
+from apr_core.falsify.finding import Finding
+from apr_core.falsify.verdict import NotRun, Verdict
+
+# Several attempts at one claim (merged runs): the worst that was really tried speaks.
+_WORST_FIRST = (Verdict.FALSIFIED, Verdict.INCONCLUSIVE, Verdict.CORROBORATED, Verdict.NOT_RUN)
+
+
+class Round:
+    """
+    What a notebook holds open while it argues its claims.
+
+    Args:
+        notebook: One of the four notebooks.
+        subject: Whose file it is.
+        folder: Run folder; evidence goes to ``folder/evidence``.
+        parameters: The notebook's parameters, kept in every record.
+        provenance: Who ran what, see ``apr_core.provenance``.
+        reference: The file that the subject claims to be made from, when one was given.
+    """
+
+    def __init__(
+        self,
+        notebook: str,
+        subject: SubjectRecord,
+        folder: Path,
+        *,
+        parameters: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        reference: SubjectRecord | None = None,
+    ) -> None:
+        self.notebook, self.subject, self.reference = notebook, subject, reference
+        self.folder, self.parameters, self.provenance = folder, dict(parameters), dict(provenance)
+        self.claims = claims_of(notebook)
+        self.records: list[Evidence] = []
+        self.closed = False
+
+    def record(self, claim_id: str, finding: Finding) -> Evidence:
+        """
+        Judge a finding, write its evidence and return it; printing it gives the canonical line.
+
+        Raises:
+            UsageError: The finding belongs to another claim, or the round is closed: the line would be a lie.
+        """
+        if finding.claim != claim_id or self.closed or claim_id not in {c.id for c in self.claims}:
+            raise UsageError(f"{claim_id} cannot be recorded from a finding of {finding.claim or 'no claim'} here")
+        evidence = make_evidence(
+            finding, self.subject, parameters=self.parameters, provenance=self.provenance, reference=self.reference
+        )
+        path = write_evidence(evidence, self.folder / "evidence", finding.arrays)
+        evidence = read_evidence(path)
+        self.records.append(evidence)
+        return evidence
+
+    def falsified(self) -> list[Evidence]:
+        """The records that refute their claim."""
+        return [e for e in self.records if e.verdict is Verdict.FALSIFIED]
+
+    def close(self) -> str:
+        """
+        End the round; the runner takes this line as the sign that the notebook got this far.
+
+        Raises:
+            UsageError: A claim of this notebook has no record: it would be missed in silence.
+        """
+        missing = [c.id for c in self.claims if c.id not in {e.id for e in self.records}]
+        if missing:
+            raise UsageError(f"{self.notebook} closes without evidence for {', '.join(missing)}")
+        self.closed = True
+        counts = ", ".join(f"{sum(e.verdict is v for e in self.records)} {v}" for v in Verdict)
+        return f"{self.notebook} closed: {len(self.records)} claims, {counts}"
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """
+    The verdict of a whole run.
+
+    Attributes:
+        verdict: FALSIFIED, INCONCLUSIVE or CORROBORATED.
+        reason: In a sentence.
+        by_claim: Claim id -> (verdict, reason, evidence or None): every declared claim, and undeclared ones that
+            evidence in the folder refutes.
+        score: Severity-weighted share of the declared claims that are corroborated, 0 to 1.
+        counts: Verdict -> how many of those claims.
+        exit_code: As house and README have it.
+    """
+
+    verdict: Verdict
+    reason: str
+    by_claim: Mapping[str, tuple[Verdict, str, Evidence | None]]
+    score: float
+    counts: Mapping[str, int]
+    exit_code: Exit
+
+
+def declare(
+    folder: Path,
+    notebooks: Sequence[str],
+    *,
+    asked: frozenset[str],
+    subject: SubjectRecord,
+    reference: SubjectRecord | None = None,
+    diagnosis: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+) -> Path:
+    """
+    Write ``declared.json``: every claim of the selected notebooks, so that one that left no evidence is seen.
+
+    Args:
+        folder: Run folder.
+        notebooks: The selected ones.
+        asked: Needs that the person asked for; a claim that lacks one of them is required all the same.
+        subject: The subject with its metadata (long values cut).
+        reference: Likewise, when given.
+        diagnosis: For a subject that could not be opened: ``{"error", "message", "exit_code"}``.
+        provenance: Who ran what.
+        parameters: As the notebooks get them.
+    """
+    body = {
+        "schema": 1,
+        "notebooks": list(notebooks),
+        "asked": sorted(asked),
+        "subject": asdict(subject),
+        "reference": asdict(reference) if reference else None,
+        "diagnosis": dict(diagnosis) if diagnosis else None,
+        "parameters": dict(parameters),
+        "provenance": dict(provenance),
+        "claims": [c.as_json() for n in notebooks for c in claims_of(n)],
+    }
+    path = folder / "declared.json"
+    path.write_text(json.dumps(body, indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def read_declared(folder: Path) -> dict[str, Any]:
+    """Read ``declared.json`` back; a missing or broken one is an error."""
+    path = folder / "declared.json"
+    try:
+        body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        [(load_claims()[c["id"]], int(c["severity"])) for c in body["claims"]]
+        [body[key] for key in ("asked", "notebooks", "subject", "reference", "parameters", "provenance")]
+        if body["diagnosis"]:
+            (body["diagnosis"]["message"], Exit(body["diagnosis"]["exit_code"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            expected="declared.json of a run", found=f"{type(error).__name__}: {error}", file=path, advice="run again"
+        ) from error
+    return body
+
+
+def conclude(folder: Path, broken: Mapping[str, str] | None = None) -> Conclusion:
+    """
+    Read a run folder and conclude: a function of the files alone.
+
+    Args:
+        folder: Run folder with ``declared.json`` and ``evidence/``.
+        broken: Notebook -> why it did not complete (raised, died, timed out, left cells unexecuted).
+
+    Raises:
+        FormatError: ``declared.json`` or an evidence file cannot be read.
+    """
+    declared = read_declared(folder)
+    evidence = read_folder(folder / "evidence")
+    asked = frozenset(declared["asked"])
+    by_claim: dict[str, tuple[Verdict, str, Evidence | None]] = {}
+    holes: list[str] = []
+    for row in declared["claims"]:
+        claim = load_claims()[row["id"]]
+        verdict, reason, chosen = _speaks([e for e in evidence if e.id == claim.id], declared, broken or {}, claim)
+        by_claim[claim.id] = (verdict, reason, chosen)
+        if _is_hole(claim, verdict, reason, chosen, asked):
+            holes.append(claim.id)
+    for e in evidence:
+        # The refusal that the runner writes for a gate when notebook 10 is not selected, or a merged run: without this
+        # line a refutation that lies in the folder would be left out of the verdict because nobody had declared it.
+        if e.verdict is Verdict.FALSIFIED:
+            by_claim.setdefault(e.id, (e.verdict, e.reason, e))
+    return _verdict(declared, by_claim, holes, broken or {})
+
+
+def _speaks(
+    attempts: list[Evidence], declared: Mapping[str, Any], broken: Mapping[str, str], claim: Claim
+) -> tuple[Verdict, str, Evidence | None]:
+    """The attempt that speaks for a claim; without one, the reason why there is none."""
+    for verdict in _WORST_FIRST:
+        for e in attempts:
+            if e.verdict is verdict:
+                return verdict, e.reason, e
+    if declared["diagnosis"]:
+        return Verdict.NOT_RUN, f"{NotRun.NOT_OPENED}: {declared['diagnosis']['message']}", None
+    if claim.notebook in broken:
+        return Verdict.INCONCLUSIVE, f"the notebook did not complete: {broken[claim.notebook]}", None
+    return Verdict.INCONCLUSIVE, "declared, but left no evidence", None
+
+
+def _is_hole(claim: Claim, verdict: Verdict, reason: str, chosen: Evidence | None, asked: frozenset[str]) -> bool:
+    if verdict is not Verdict.NOT_RUN:
+        return False
+    if chosen is None:
+        return True
+    why = next((r for r in NotRun if reason.startswith(r)), None)
+    return why is None or claim.required(why, asked)  # a reason outside the closed list excuses nothing
+
+
+def _verdict(
+    declared: Mapping[str, Any],
+    by_claim: Mapping[str, tuple[Verdict, str, Evidence | None]],
+    holes: Sequence[str],
+    broken: Mapping[str, str],
+) -> Conclusion:
+    verdicts = {k: v[0] for k, v in by_claim.items()}
+    counts = {str(v): sum(x is v for x in verdicts.values()) for v in Verdict}
+    weights = {row["id"]: int(row["severity"]) for row in declared["claims"]}
+    good = sum(weights[k] for k, v in verdicts.items() if v is Verdict.CORROBORATED)
+    score = good / max(1, sum(weights.values()))
+    refuted = [k for k, v in verdicts.items() if v is Verdict.FALSIFIED]
+    open_ = [k for k, v in verdicts.items() if v is Verdict.INCONCLUSIVE]
+    executed = [k for k, v in verdicts.items() if v is not Verdict.NOT_RUN]
+    if refuted:
+        verdict, reason, code = Verdict.FALSIFIED, f"refuted: {', '.join(refuted)}", Exit.REFUTED
+    elif open_ or holes or not executed:
+        what = f"undecided: {', '.join(open_)}" if open_ else f"not run: {', '.join(holes) or 'every claim'}"
+        verdict, reason, code = Verdict.INCONCLUSIVE, what, Exit.INCONCLUSIVE
+    else:
+        left = counts[Verdict.NOT_RUN]
+        verdict, reason, code = Verdict.CORROBORATED, f"{len(executed)} claims held, {left} not run", Exit.OK
+    if declared["diagnosis"]:
+        reason = f"not opened: {declared['diagnosis']['message']}"
+        verdict = verdict if refuted else Verdict.INCONCLUSIVE
+        code = Exit(declared["diagnosis"]["exit_code"])
+    if broken:
+        # Verdict and exit code always agree: a notebook that broke after its last claim has not corroborated.
+        verdict = verdict if refuted else Verdict.INCONCLUSIVE
+        code = Exit.UNEXPECTED
+        reason = f"{reason}; did not complete: " + "; ".join(f"{k} ({v})" for k, v in sorted(broken.items()))
+    return Conclusion(verdict, reason, by_claim, score, counts, code)

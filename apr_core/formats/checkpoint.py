@@ -1,0 +1,288 @@
+"""
+An opened model file: named tensors that point into a private mapping, unchecked.
+
+The file is recognised by its first bytes, never by its extension. Nothing is read at opening but the header: a tensor's
+bytes are touched when somebody looks at them. Whether the numbers make sense is the contract's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apr_core.dtypes import QuantFormat
+from apr_core.errors import FormatError, NotFound, ReadWriteError, UsageError
+
+_HASH_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """
+    Where a tensor lies and what it claims to be.
+
+    Attributes:
+        name: The canonical (Hugging Face) name.
+        dtype: Element type.
+        shape: Row-major, outermost first, as Hugging Face writes it.
+        file: The file that holds the bytes.
+        offset: Absolute byte offset in ``file``.
+        nbytes: Stored bytes, alignment padding excluded.
+        stored_name: The name as it stands in the file.
+    """
+
+    name: str
+    dtype: QuantFormat
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+    stored_name: str
+
+
+@dataclass(frozen=True, eq=False)
+class RawTensor:
+    """Unchecked bytes of one tensor: ``data`` is uint8, one-dimensional, read-only, a view of the mapping."""
+
+    info: TensorInfo
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """
+    A tensor to be written.
+
+    Attributes:
+        name: Canonical name; each writer translates it.
+        dtype: Element type of the bytes that ``chunks`` yields.
+        shape: Row-major shape.
+        chunks: Starts a fresh pass over the encoded bytes; the sum of the pieces is ``dtype.nbytes(shape)``.
+    """
+
+    name: str
+    dtype: QuantFormat
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[bytes | memoryview | NDArray[np.generic]]]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Bytes of the data section that no tensor explains: a hole between tensors, or a tail behind the last one."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class MappedFile:
+    """A regular file of at least one byte, mapped copy-on-write: no write through it can reach the disk."""
+
+    path: Path
+    view: memoryview
+
+    @property
+    def size(self) -> int:
+        """Length in bytes at the time of mapping."""
+        return self.view.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a reader found: the parts of a `Checkpoint` that depend on the container."""
+
+    files: tuple[MappedFile, ...]
+    tensors: Sequence[TensorInfo]
+    metadata: Mapping[str, object]
+    config: Mapping[str, object] | None
+    gaps: tuple[Gap, ...] = field(default=())
+
+
+class Checkpoint:
+    """
+    An opened model file. Build it with `open_checkpoint`.
+
+    Attributes:
+        path: The weight file or the shard index that was opened, symbolic links unresolved.
+        format: ``safetensors``, ``gguf`` or ``apr``.
+        files: Weight files in shard order.
+        tensors: Canonical name to `TensorInfo`, in file order.
+        metadata: The container's own metadata; the large arrays of a GGUF are parsed when they are asked for.
+        config: Hugging Face configuration values, or None when the file has none.
+        folder: Where companions (tokenizer.json and so on) are looked for: beside the link, not beside the blob.
+        gaps: Bytes that no tensor explains.
+    """
+
+    def __init__(self, path: Path, container: str, contents: Contents) -> None:
+        self.path = path
+        self.format = container
+        self.folder = path.parent
+        self.files = tuple(file.path for file in contents.files)
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(_by_name(contents.tensors))
+        self.metadata = contents.metadata
+        self.config = contents.config
+        self.gaps = contents.gaps
+        self._maps = {file.path: file.view for file in contents.files}
+        self._closed = False
+
+    def raw(self, name: str) -> RawTensor:
+        """
+        Return the bytes of a tensor, uncopied.
+
+        Raises:
+            UsageError: There is no tensor of that canonical name, or the checkpoint is closed.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise UsageError(f"{self.path} has no tensor {name!r}", advice="list the names with `apr tensors`")
+        self._require_open()
+        data = np.frombuffer(self._maps[info.file], dtype=np.uint8)[info.offset : info.offset + info.nbytes]
+        # The mapping itself is writable (that is what keeps torch from warning); without this flag a stray in-place
+        # operation would change the weights under everybody who holds a view of them.
+        data.flags.writeable = False
+        return RawTensor(info, data)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """The sha256 of the weight files in order, as hex. Cost: one pass over all bytes, then cached."""
+        self._require_open()
+        digest = hashlib.sha256()
+        for view in self._maps.values():
+            for start in range(0, view.nbytes, _HASH_CHUNK):
+                digest.update(view[start : start + _HASH_CHUNK])
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the mappings; they vanish when the last array that was handed out does."""
+        self._maps = {}
+        self._closed = True
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UsageError(f"{self.path} is closed", advice="open it again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self.tensors)} tensors)"
+
+
+def _by_name(tensors: Sequence[TensorInfo]) -> dict[str, TensorInfo]:
+    """Index tensors by canonical name; two stored names that mean the same tensor are an error, never last-wins."""
+    named: dict[str, TensorInfo] = {}
+    for info in tensors:
+        other = named.setdefault(info.name, info)
+        if other is not info:
+            raise FormatError(
+                expected=f"one tensor for the name {info.name}",
+                found=f"two, stored as {other.stored_name} and {info.stored_name}",
+                file=info.file,
+                tensor=info.stored_name,
+                at=info.offset,
+                advice="export the model again; a loader could take either",
+            )
+    return named
+
+
+def map_file(path: Path) -> MappedFile:
+    """
+    Map a file privately.
+
+    Raises:
+        NotFound: There is no such file.
+        FormatError: It is empty, or not a regular file.
+        ReadWriteError: The operating system refuses.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer that never comes
+            raise FormatError(
+                expected="a regular file", found="a directory, pipe or device", file=path, advice="give a model file"
+            )
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size == 0:
+                raise FormatError(
+                    expected="a model file", found="an empty file (0 bytes)", file=path, advice="download it again"
+                )
+            mapping = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_COPY)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"no such file: {path}", advice="check the path") from error
+    except OSError as error:
+        raise ReadWriteError(f"cannot read {path}: {error.strerror}", advice="check permissions") from error
+    return MappedFile(path, memoryview(mapping))
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """
+    Open a model file, a shard index, or a folder that holds exactly one model.
+
+    Args:
+        path: A file of any of the three formats, a ``model.safetensors.index.json``, or a folder.
+
+    Raises:
+        NotFound: The path does not exist, or the folder holds no model.
+        UsageError: The folder holds several models.
+        FormatError: The file is not a model, or is malformed; the message names what it is instead.
+        ReadWriteError: The operating system refuses.
+
+    Cost: reads the header alone; an APR file is read once from end to end because its checksum covers every byte.
+    """
+    from apr_core.formats import apr, gguf, safetensors
+    from apr_core.formats.sniff import sniff
+
+    target = _only_model(Path(path))
+    file = map_file(target)
+    container = sniff(file)
+    if container == "gguf":
+        return Checkpoint(target, container, gguf.read_gguf(file))
+    if container == "apr":
+        return Checkpoint(target, container, apr.read_apr(file))
+    if container == "index":
+        return Checkpoint(target, "safetensors", safetensors.read_index(file))
+    return Checkpoint(target, container, safetensors.read_safetensors(file))
+
+
+def _only_model(path: Path) -> Path:
+    """Resolve a folder to the one model in it; a file stays itself."""
+    try:
+        path.stat()
+        if not path.is_dir():
+            return path
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"no such file or folder: {path}", advice="check the path") from error
+    except (OSError, ValueError) as error:
+        raise ReadWriteError(f"cannot read {path!s:.200}: {error}", advice="check the path and permissions") from error
+    named = ("model.safetensors", "model.safetensors.index.json")
+    found = [entry for entry in entries if entry.name in named or entry.suffix in (".gguf", ".apr")]
+    found = found or [entry for entry in entries if entry.suffix == ".safetensors"]
+    if not found:
+        pickles = [entry.name for entry in entries if entry.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        instead = f" (only {', '.join(pickles)}, which can run code when loaded)" if pickles else ""
+        raise NotFound(
+            f"no model.safetensors, .gguf or .apr in {path}{instead}", advice="give the model file, or convert it"
+        )
+    if len(found) > 1:
+        raise UsageError(
+            f"{path} holds {len(found)} models: {', '.join(entry.name for entry in found)}", advice="name one of them"
+        )
+    return found[0]

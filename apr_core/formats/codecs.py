@@ -1,0 +1,208 @@
+"""
+Stored bytes to float32 and back, for every element type.
+
+Types that the engines have kernels for are decoded by `blocks`, our own code; the rest through the gguf package, in
+`foreign`. `decoder_name` says which one runs, so that a report can.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apr_core.dtypes import QuantFormat
+from apr_core.errors import UsageError
+from apr_core.formats import blocks
+from apr_core.formats.bounds import step_bound as step_bound
+from apr_core.formats.checkpoint import RawTensor
+
+_CASTS = {
+    "F32": "<f4",
+    "F16": "<f2",
+    "F64": "<f8",
+    "I8": "i1",
+    "I16": "<i2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "U8": "u1",
+    "U16": "<u2",
+    "U32": "<u4",
+    "U64": "<u8",
+    "BOOL": "u1",
+}
+_CHUNK_BYTES = 1 << 17  # blocks decoded at a time: the intermediates stay in the second-level cache
+# Byte offsets of the float16 scales in a block.
+_HALF_SCALES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
+    "IQ1_S": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    "AprQ4": (0,),
+}
+
+
+def decoder_name(dtype: QuantFormat) -> str:
+    """Say whose code decodes a type: ``apr_core`` or ``gguf``."""
+    own = dtype.name in _CASTS or dtype.name in blocks.DECODERS or dtype.name in ("BF16", "AprQ8", "F8_E4M3", "F8_E5M2")
+    return "apr_core" if own else "gguf"
+
+
+def decode(raw: RawTensor) -> NDArray[np.float32]:
+    """
+    Decode a whole tensor.
+
+    Returns:
+        A fresh float32 array of the tensor's shape. F64, I32 and I64 are rounded to float32.
+
+    Raises:
+        Unavailable: The installed gguf package cannot decode the type.
+    """
+    return decode_bytes(raw.info.dtype, raw.data, raw.info.shape)
+
+
+def decode_rows(raw: RawTensor, start: int, stop: int) -> NDArray[np.float32]:
+    """
+    Decode rows ``start`` to ``stop`` (leading axes flattened): [stop - start, columns] float32.
+
+    Raises:
+        UsageError: The type is not laid out by rows (AprQ4, AprQ8), or the rows do not exist.
+    """
+    shape, dtype = raw.info.shape, raw.info.dtype
+    rows, columns = (prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+    if dtype.layout != "row" or not 0 <= start <= stop <= rows:
+        raise UsageError(
+            f"expected rows within 0..{rows} of a type laid out by rows, found {start}..{stop} of {dtype} "
+            f"in {raw.info.file}, tensor {raw.info.name}",
+            advice="decode the whole tensor",
+        )
+    width = dtype.nbytes((columns,))
+    return decode_bytes(dtype, raw.data[start * width : stop * width], (stop - start, columns))
+
+
+def decode_bytes(dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """
+    Decode the bytes of a tensor of the given type and shape.
+
+    Args:
+        dtype: Element type.
+        data: uint8 [nbytes]; exactly ``dtype.nbytes(shape)`` of them.
+        shape: Row-major shape; the last axis of row-laid block types may be padded to whole blocks in ``data``.
+
+    Raises:
+        UsageError: The number of bytes does not fit the shape.
+        Unavailable: The installed gguf package cannot decode the type.
+    """
+    expected = dtype.nbytes(shape)
+    if data.size != expected:
+        raise UsageError(
+            f"expected {expected} bytes for {dtype} {list(shape)}, found {data.size}", advice="pass the whole tensor"
+        )
+    data = np.ascontiguousarray(data)
+    # A broken file holds infinite scales; their products are for the contract to count, not for numpy to warn about.
+    with np.errstate(all="ignore"):
+        if dtype.name in _CASTS:
+            return data.view(_CASTS[dtype.name]).astype(np.float32).reshape(shape)
+        if dtype.name == "BF16":
+            bits = data.view("<u2").astype(np.uint32)
+            bits <<= np.uint32(16)  # in place: a second array of this size would double the time
+            return bits.view(np.float32).reshape(shape)
+        if dtype.name in ("F8_E4M3", "F8_E5M2"):
+            return blocks.float8_table(dtype.name)[data].reshape(shape)
+        if dtype.name == "AprQ8":
+            values: NDArray[np.float32] = data[4:].view(np.int8).astype(np.float32)
+            values *= data[:4].view("<f4")
+            return values.reshape(shape)
+        return _decode_blocks(dtype, data, shape)
+
+
+def _decode_blocks(dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Decode block types a cache-sized run at a time, then cut the padding off each row (or off the flat stream)."""
+    stored = data.reshape(-1, dtype.block_bytes)
+    values = np.empty((stored.shape[0], dtype.block_elements), dtype=np.float32)
+    decoder = blocks.DECODERS.get(dtype.name)
+    step = max(1, _CHUNK_BYTES // dtype.block_bytes)
+    for start in range(0, stored.shape[0], step):
+        run = stored[start : start + step]
+        if decoder is not None:
+            values[start : start + step] = decoder(run)
+        else:
+            from apr_core.formats.foreign import decode_foreign
+
+            values[start : start + step] = decode_foreign(dtype, run)
+    count = prod(shape)
+    if dtype.layout == "flat" or not shape:
+        return values.reshape(-1)[:count].reshape(shape)
+    if values.size == count:
+        return values.reshape(shape)
+    rows = prod(shape[:-1])
+    return np.ascontiguousarray(values.reshape(rows, -1)[:, : shape[-1]]).reshape(shape)
+
+
+def encode(values: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np.uint8]:
+    """
+    Encode float32 values as F32, F16, BF16 or Q8_0.
+
+    F16 and BF16 round to nearest even. What is too large for F16 becomes infinite: the caller decides what that means.
+
+    Returns:
+        uint8 [dtype.nbytes(values.shape)].
+
+    Raises:
+        UsageError: We do not write that type, or a row is not a whole number of blocks.
+    """
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    if dtype.name == "F32":
+        return values.reshape(-1).view(np.uint8).copy()
+    if dtype.name == "F16":
+        return blocks.encode_f16(values.reshape(-1))
+    if dtype.name == "BF16":
+        return blocks.encode_bf16(values.reshape(-1))
+    if dtype.name != "Q8_0":
+        raise UsageError(f"{dtype} cannot be written", advice="use F32, F16, BF16 or Q8_0")
+    columns = values.shape[-1] if values.shape else 1
+    if columns % 32:
+        raise UsageError(f"Q8_0 needs rows of a multiple of 32, found {columns}", advice="keep this tensor in F16")
+    return blocks.encode_q8_0(values.reshape(-1, 32)).reshape(-1)
+
+
+def round_to(values: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np.float32]:
+    """Return the values as they would come back from a file of that type."""
+    return decode_bytes(dtype, encode(values, dtype), values.shape)
+
+
+def scales(raw: RawTensor) -> NDArray[np.float32] | None:
+    """
+    Return the block scales of a quantised tensor: every ``d``, then every ``dmin`` where there is one.
+
+    Returns:
+        float32 [n], or None for plain types and those whose scales are not floating-point numbers.
+    """
+    dtype = raw.info.dtype
+    if dtype.name == "AprQ8":
+        return raw.data[:4].copy().view("<f4").astype(np.float32)
+    if dtype.name == "Q8_K":
+        return raw.data.reshape(-1, dtype.block_bytes)[:, :4].copy().view("<f4").reshape(-1)
+    places = _HALF_SCALES.get(dtype.name)
+    if places is None:
+        return None
+    stored = raw.data.reshape(-1, dtype.block_bytes)
+    with np.errstate(all="ignore"):
+        return np.concatenate([blocks.half(stored, at).reshape(-1) for at in places])

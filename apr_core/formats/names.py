@@ -1,0 +1,251 @@
+"""
+Names at the border: tensor names and configuration keys of GGUF and APR, translated to Hugging Face's and back.
+
+Inside the package there are Hugging Face names alone. What is not in these tables keeps its stored name.
+Source: llama.cpp ``gguf-py/gguf/constants.py`` (LLM_KV, MODEL_TENSORS.QWEN2); the APR v2 metadata keys and the aliases
+that its readers accept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from apr_core.formats.checkpoint import TensorInfo
+
+_WHOLE_MODEL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_PER_LAYER = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_v.bias": "self_attn.v_proj.bias",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "attn_output.bias": "self_attn.o_proj.bias",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+_WHOLE_MODEL_BACK = {hf: stored for stored, hf in _WHOLE_MODEL.items()}
+_PER_LAYER_BACK = {hf: stored for stored, hf in _PER_LAYER.items()}
+# ASCII digits without leading zeros: "blk.01" and Arabic-Indic digits are other names, not other spellings.
+_GGUF_LAYER = re.compile(r"blk\.(0|[1-9][0-9]*)\.(.+)", re.DOTALL)
+_HF_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)", re.DOTALL)
+
+# GGUF key (behind the architecture) to Hugging Face key, and the type that llama.cpp insists on.
+_GGUF_KEYS: tuple[tuple[str, str, Callable[[float], int | float]], ...] = (
+    ("embedding_length", "hidden_size", int),
+    ("feed_forward_length", "intermediate_size", int),
+    ("block_count", "num_hidden_layers", int),
+    ("attention.head_count", "num_attention_heads", int),
+    ("attention.head_count_kv", "num_key_value_heads", int),
+    ("attention.key_length", "head_dim", int),
+    ("attention.sliding_window", "sliding_window", int),
+    ("context_length", "max_position_embeddings", int),
+    ("rope.freq_base", "rope_theta", float),
+    ("attention.layer_norm_rms_epsilon", "rms_norm_eps", float),
+)
+_GGUF_TOKENS = {
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
+_GGUF_ROPE_SCALING: tuple[tuple[str, str], ...] = (
+    ("rope.scaling.type", "rope_type"),
+    ("rope.scaling.factor", "factor"),
+    ("rope.scaling.original_context_length", "original_max_position_embeddings"),
+)
+
+# Hugging Face key to the APR keys that mean it; the first is what a writer uses.
+_APR_KEYS: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "hidden_dim", "d_model", "n_embd"),
+    "num_hidden_layers": ("num_layers", "n_layers", "num_hidden_layers", "n_layer"),
+    "num_attention_heads": ("num_heads", "n_heads", "num_attention_heads", "n_head"),
+    "num_key_value_heads": ("num_kv_heads", "n_kv_heads", "num_key_value_heads"),
+    "vocab_size": ("vocab_size", "n_vocab"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "intermediate_dim", "n_inner"),
+    "max_position_embeddings": ("max_position_embeddings", "max_seq_len", "context_length", "n_ctx"),
+    "rope_theta": ("rope_theta",),
+    "rms_norm_eps": ("rms_norm_eps", "layer_norm_eps", "norm_eps", "eps"),
+    "head_dim": ("head_dim",),
+    "eos_token_id": ("tokenizer.eos_token_id", "eos_token_id"),
+    "bos_token_id": ("tokenizer.bos_token_id", "bos_token_id"),
+    "pad_token_id": ("tokenizer.padding_token_id", "pad_token_id"),
+    "hidden_act": ("hidden_act",),
+    "rope_scaling": ("rope_scaling",),
+    "sliding_window": ("sliding_window",),
+    "use_sliding_window": ("use_sliding_window",),
+}
+_ROPE_SPLIT_HALVES = 2  # APR's number for the rotation that pairs element i with element i + head_dim / 2
+
+
+def hf_name(stored: str) -> str:
+    """Translate a GGUF tensor name; an unknown one (``rope_freqs.weight``) stays as it is."""
+    if stored in _WHOLE_MODEL:
+        return _WHOLE_MODEL[stored]
+    match = _GGUF_LAYER.fullmatch(stored)
+    if match and match.group(2) in _PER_LAYER:
+        return f"model.layers.{match.group(1)}.{_PER_LAYER[match.group(2)]}"
+    return stored
+
+
+def gguf_name(name: str) -> str:
+    """Translate a canonical name to GGUF; an unknown one stays as it is."""
+    if name in _WHOLE_MODEL_BACK:
+        return _WHOLE_MODEL_BACK[name]
+    match = _HF_LAYER.fullmatch(name)
+    if match and match.group(2) in _PER_LAYER_BACK:
+        return f"blk.{match.group(1)}.{_PER_LAYER_BACK[match.group(2)]}"
+    return name
+
+
+def apr_canonical(stored: str) -> str:
+    """Translate the three styles found in APR files: Hugging Face, the same without ``model.``, and GGUF."""
+    prefixed = f"model.{stored}"
+    if gguf_name(prefixed) != prefixed:
+        return prefixed
+    return hf_name(stored)
+
+
+def config_from_gguf(metadata: Mapping[str, object], tensors: Iterable[TensorInfo]) -> dict[str, object] | None:
+    """
+    Translate GGUF keys to a Hugging Face configuration.
+
+    ``vocab_size`` is the architecture's key, else the number of tokens, else the rows of the embedding.
+    A float32 value is read as the shortest decimal that names it: 1e-06, not 9.999999974752427e-07.
+    Keys that are missing stay missing: a guessed rope_theta is a broken model.
+
+    Returns:
+        None when the file does not name its architecture.
+    """
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        return None
+    by_name = {info.name: info for info in tensors}
+    config: dict[str, object] = {"model_type": architecture, "hidden_act": "silu"}
+    for stored, key, _ in _GGUF_KEYS:
+        value = metadata.get(f"{architecture}.{stored}")
+        if value is not None:
+            config[key] = _shortest(value)
+    if "num_attention_heads" in config:
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config["use_sliding_window"] = "sliding_window" in config
+    for stored, key in _GGUF_TOKENS.items():
+        if stored in metadata:
+            config[key] = metadata[stored]
+    vocabulary = _vocab_size(metadata, architecture, by_name)
+    if vocabulary is not None:
+        config["vocab_size"] = vocabulary
+    scaling = {
+        key: _shortest(metadata[f"{architecture}.{stored}"])
+        for stored, key in _GGUF_ROPE_SCALING
+        if f"{architecture}.{stored}" in metadata
+    }
+    if scaling and scaling.get("rope_type") != "none":
+        config["rope_scaling"] = scaling
+    config["tie_word_embeddings"] = "lm_head.weight" not in by_name
+    return config
+
+
+def _vocab_size(metadata: Mapping[str, object], architecture: str, tensors: Mapping[str, TensorInfo]) -> object:
+    """Find the vocabulary's size without parsing the tokens."""
+    stated = metadata.get(f"{architecture}.vocab_size")
+    if stated is not None:
+        return stated
+    measure = getattr(metadata, "array_length", None)
+    tokens = measure("tokenizer.ggml.tokens") if measure else metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, int):
+        return tokens
+    if isinstance(tokens, list):
+        return len(tokens)
+    embedding = tensors.get("model.embed_tokens.weight")
+    return embedding.shape[0] if embedding is not None else None
+
+
+def _shortest(value: object) -> object:
+    """Turn a float that came from float32 into the shortest decimal that rounds to it; a true float64 stays."""
+    if not isinstance(value, float):
+        return value
+    with np.errstate(over="ignore"):
+        narrow = np.float32(value)
+    return float(str(narrow)) if float(narrow) == value else value
+
+
+def gguf_metadata(config: Mapping[str, object]) -> dict[str, object]:
+    """
+    Translate a Hugging Face configuration to GGUF keys, integers and floats as llama.cpp insists on them.
+
+    ``sliding_window`` is written only when it is in use: a Qwen2 configuration carries a number that it does not apply.
+    A tied head needs no key: it is the absence of ``output.weight``.
+    """
+    architecture = str(config.get("model_type", "qwen2"))
+    pairs: dict[str, object] = {"general.architecture": architecture}
+    for stored, key, kind in _GGUF_KEYS:
+        value = config.get(key)
+        skipped = key == "sliding_window" and not config.get("use_sliding_window")
+        if isinstance(value, int | float) and not skipped:
+            pairs[f"{architecture}.{stored}"] = kind(value)
+    if isinstance(config.get("vocab_size"), int):
+        pairs[f"{architecture}.vocab_size"] = config["vocab_size"]
+    for stored, key in _GGUF_TOKENS.items():
+        value = config.get(key)
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, int):
+            pairs[stored] = first
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, Mapping):
+        for stored, key in _GGUF_ROPE_SCALING:
+            value = scaling.get(key, scaling.get("type") if key == "rope_type" else None)
+            if value is not None:
+                pairs[f"{architecture}.{stored}"] = float(value) if key == "factor" else value
+    return pairs
+
+
+def config_from_apr(metadata: Mapping[str, object], tensor_names: Iterable[str]) -> dict[str, object] | None:
+    """
+    Translate APR metadata, in any of the spellings that its readers accept, to a Hugging Face configuration.
+
+    Explicit nulls count as missing: APR's writer turns every unset field into one.
+
+    Returns:
+        None when no geometry at all is given.
+    """
+    config: dict[str, object] = {}
+    for key, spellings in _APR_KEYS.items():
+        value = next((metadata[name] for name in spellings if metadata.get(name) is not None), None)
+        if value is not None:
+            config[key] = value
+    if not config:
+        return None
+    family = metadata.get("architecture") or metadata.get("model_type")
+    if family:
+        config["model_type"] = family
+    config.setdefault("hidden_act", "silu")
+    if "num_attention_heads" in config:
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config["tie_word_embeddings"] = "lm_head.weight" not in set(tensor_names)
+    return config
+
+
+def apr_metadata(config: Mapping[str, object]) -> dict[str, object]:
+    """Translate a Hugging Face configuration to APR's own keys; what it has no value for is left out."""
+    family = config.get("model_type", "qwen2")
+    pairs: dict[str, object] = {"model_type": family, "architecture": family}
+    for key, spellings in _APR_KEYS.items():
+        if config.get(key) is not None:
+            pairs[spellings[0]] = config[key]
+    pairs["rope_type"] = _ROPE_SPLIT_HALVES
+    if config.get("tie_word_embeddings"):
+        pairs["tied_embeddings"] = True
+    return pairs

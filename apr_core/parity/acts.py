@@ -1,0 +1,398 @@
+"""The measurements of notebook 20: one per claim, each an attempt to refute it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apr_core.engines.load import load_model
+from apr_core.engines.subject import Subject
+from apr_core.falsify.claims import load_claims
+from apr_core.falsify.finding import Finding, act
+from apr_core.falsify.verdict import holds
+from apr_core.model.trace import Trace, TracedForward, mandatory_names
+from apr_core.parity import explain
+from apr_core.parity.compare import LOGITS, DistributionParity, ParityReport, compare, top_margin
+from apr_core.parity.rounded import trace_rounded
+from apr_core.parity.tolerances import QUANTISED_TAU, decisive_margin, flip_budget, forward_limit, kl_budget
+
+# One token at position 0 sees no RoPE, no mask, no second key and no cache; 64 positions see all of them.
+POSITIONS = 96
+FEWEST = 64
+PROMPT = POSITIONS - FEWEST
+# A share of flips needs more positions than a norm does.
+BUDGET_POSITIONS = 256
+# Tokens that the slow reference reads at once: it decodes every weight anew for each forward.
+CHUNK = 16
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class AgainstReference:
+    """
+    The subject and a noisy copy of its reference, each held against the reference on the same tokens.
+
+    ``found`` and ``price`` are the distributions out of ``subject`` and ``copy``.
+    """
+
+    subject: ParityReport
+    copy: ParityReport
+    found: DistributionParity
+    price: DistributionParity
+
+
+_measured: WeakKeyDictionary[Subject, dict[str, Any]] = WeakKeyDictionary()
+
+
+def _once(subject: Subject, key: str, measure: Callable[[Subject], T]) -> T:
+    """Measure once per subject: four claims speak about the same pair of traces."""
+    memory = _measured.setdefault(subject, {})
+    if key not in memory:
+        memory[key] = measure(subject)
+    result: T = memory[key]
+    return result
+
+
+@act("F-PAR-001")
+def same_logits(subject: Subject) -> Finding:
+    """Hold the torch forward's logits against those of an independent numpy forward in float64."""
+    report = _once(subject, "forwards", _two_forwards).only(LOGITS)
+    return _rel_l2_finding(
+        report, "F-PAR-001", "numpy in float64", noise_floor=_noise(subject), inconclusive=_same_sides(subject)
+    )
+
+
+@act("F-PAR-002")
+def same_layers(subject: Subject) -> Finding:
+    """Hold every traced activation of the torch forward against the independent one."""
+    report = _once(subject, "forwards", _two_forwards)
+    report = report.only(*(name for name in report.wanted if name != LOGITS))
+    return _rel_l2_finding(
+        report, "F-PAR-002", "numpy in float64", noise_floor=_noise(subject), inconclusive=_same_sides(subject)
+    )
+
+
+@act("F-PAR-003")
+def cached_equals_prefill(subject: Subject) -> Finding:
+    """Decode the stimulus token by token through the cache, teacher-forced, against one prefill of all of it."""
+    report = _once(subject, "decode", _decode_against_prefill)
+    return _rel_l2_finding(report, "F-PAR-003", f"{subject.model.backend}, one prefill")
+
+
+@act("F-PAR-004")
+def same_distribution(subject: Subject) -> Finding:
+    """Take the largest KL over positions between the two independent forwards."""
+    report = _once(subject, "forwards", _two_forwards).only(LOGITS)
+    if report.logits is None:
+        return _nothing(report)
+    value = report.logits.kl_max
+    broken = not holds(value, "at_most", load_claims()["F-PAR-004"].threshold)
+    return Finding(
+        value=value,
+        compared=report.compared,
+        expected=report.expected,
+        nonfinite=report.nonfinite,
+        rows=explain.distribution_rows(report.logits),
+        arrays=explain.distribution_arrays(report.logits),
+        whys=explain.why_distribution(report.logits) if broken else (),
+        reference="numpy in float64",
+        inconclusive=_same_sides(subject) or _worthless(report),
+    )
+
+
+@act("F-PAR-005")
+def same_top_token(subject: Subject) -> Finding:
+    """Compare top tokens where no candidate within the limit of F-PAR-001 could overturn the reference's margin."""
+    report = _once(subject, "forwards", _two_forwards).only(LOGITS)
+    logits = report.logits
+    if logits is None:
+        return _nothing(report)
+    decisive = int(logits.decisive.sum())
+    return Finding(
+        value=logits.top1_agreement,
+        compared=decisive,
+        expected=decisive,
+        nonfinite=report.nonfinite,
+        detail=f"{logits.kl.size - decisive} of {logits.kl.size} positions are near-ties",
+        rows=explain.flip_rows(logits),
+        arrays=explain.flip_arrays(logits),
+        whys=explain.why_flips(logits),
+        reference="numpy in float64",
+        inconclusive=_same_sides(subject) or _worthless(report),
+    )
+
+
+@act("F-PAR-006")
+def same_greedy_path(subject: Subject) -> Finding:
+    """
+    Let the candidate decode greedily, and ask the reference at each token which one it would have taken.
+
+    The reference reads the candidate's path through its own cache, a chunk at a time: while they agree that is what it
+    would have generated, at a fraction of the cost. At a near-tie the candidate's token stands, so that one coin toss
+    does not end the comparison; another token at a decisive position is a mismatch.
+    """
+    prompt = _stimulus(subject, PROMPT)
+    steps = max(0, min(subject.max_new_tokens, subject.model.config.max_position_embeddings - prompt.size))
+    path, nonfinite = _greedy(subject.model, prompt, steps)
+    wanted = _replay(subject.plain, prompt, path)
+    margins, taus = top_margin(wanted), decisive_margin(wanted, forward_limit())
+    rows: list[dict[str, object]] = [
+        {
+            "step": int(step),
+            "reference": int(wanted[step].argmax()),
+            "candidate": int(path[step]),
+            "margin": float(margins[step]),
+            "near_tie": bool(margins[step] <= taus[step]),
+        }
+        for step in np.flatnonzero(wanted.argmax(axis=1) != path)
+    ]
+    wrong = [row for row in rows if not row["near_tie"]]
+    return Finding(
+        value=float(len(wrong)),
+        compared=steps,
+        expected=subject.max_new_tokens,
+        nonfinite=nonfinite,
+        detail=f"after a prompt of {PROMPT}",
+        rows=rows,
+        arrays={"margin": margins, "tau": taus},
+        whys=[("Which token differs first?", _flip_line(wrong[0]))] if wrong else (),
+        reference="numpy in float64",
+        inconclusive=_same_sides(subject),
+    )
+
+
+@act("F-PAR-007")
+def tracing_changes_nothing(subject: Subject) -> Finding:
+    """Compare the bits of the logits with tracing on, off, and as the trace itself holds them."""
+    ids, trace = _stimulus(subject), Trace()
+    off, on = subject.model.forward(ids), subject.model.forward(ids, trace=trace)
+    held = trace.get(LOGITS)
+    if held is None or not off.shape == on.shape == held.shape:
+        shapes = [list(x.shape) if x is not None else None for x in (off, on, held)]
+        return Finding(None, 0, off.size, missing=[f"{LOGITS}: {shapes} off, on and traced"], reference="tracing off")
+    differs = (_bits(off) != _bits(on)) | (_bits(off) != _bits(held))
+    at = np.argwhere(differs)
+    return Finding(
+        value=float(len(at)),
+        compared=off.size,
+        expected=off.size,
+        nonfinite=int((~np.isfinite(on)).sum()),
+        detail=f"{len(trace)} names traced",
+        whys=[("Where does it first differ?", f"at position {at[0][0]}, token {at[0][1]}")] if len(at) else (),
+        reference="tracing off",
+        inconclusive="both runs returned one array" if np.may_share_memory(off, on) else "",
+    )
+
+
+@act("F-PAR-008")
+def distribution_of_reference(subject: Subject) -> Finding:
+    """Hold the mean KL to the reference against what rounding to the subject's types costs this very model."""
+    pair = _once(subject, "reference", _against_reference)
+    if isinstance(pair, str):
+        return Finding(None, 0, BUDGET_POSITIONS, inconclusive=pair)
+    budget = kl_budget(pair.price)
+    value = pair.found.kl_mean / budget.limit
+    distance = f"mean KL {pair.found.kl_mean:.3g} nat, the limit {budget.limit:.3g}: {budget.source}"
+    return Finding(
+        value=value,
+        compared=pair.found.kl.size,
+        expected=pair.subject.positions,
+        nonfinite=pair.subject.only(LOGITS).nonfinite,
+        rows=[
+            {"name": "kl_mean", "subject": pair.found.kl_mean, "copy": pair.price.kl_mean, "limit": budget.limit},
+            *explain.budget_rows(pair.subject, pair.copy),
+        ],
+        arrays={**explain.distribution_arrays(pair.found), "kl_copy": pair.price.kl},
+        whys=[("How far is it?", distance), *_why_dear(pair)] if not value <= 1 else (),
+        reference=str(_reference(subject).path),
+        noise_floor=pair.price.kl_mean / budget.limit,
+    )
+
+
+@act("F-PAR-009")
+def top_token_of_reference(subject: Subject) -> Finding:
+    """Hold the share of decisive flips against that of the reference's noisy copy."""
+    pair = _once(subject, "reference", _against_reference)
+    if isinstance(pair, str):
+        return Finding(None, 0, BUDGET_POSITIONS, inconclusive=pair)
+    budget = flip_budget(pair.price)
+    share, decisive = 1 - pair.found.top1_agreement, int(pair.found.decisive.sum())
+    return Finding(
+        value=share / budget.limit,
+        compared=decisive,
+        expected=decisive,
+        nonfinite=pair.subject.only(LOGITS).nonfinite,
+        detail=f"{pair.found.kl.size - decisive} of {pair.found.kl.size} positions are near-ties",
+        rows=[
+            {
+                "name": "disagreement",
+                "subject": share,
+                "copy": 1 - pair.price.top1_agreement,
+                "limit": budget.limit,
+                "source": budget.source,
+            }
+        ],
+        arrays=explain.flip_arrays(pair.found),
+        whys=[*explain.why_flips(pair.found), *_why_dear(pair)] if not share <= budget.limit else (),
+        reference=str(_reference(subject).path),
+        noise_floor=(1 - pair.price.top1_agreement) / budget.limit,
+    )
+
+
+@act("F-PAR-010")
+def cuda_equals_cpu(subject: Subject) -> Finding:
+    """Hold every traced activation of the CUDA forward against the CPU's."""
+    cuda = load_model(subject.path, device="cuda")
+    report = _trace_both(subject.model, cuda, _stimulus(subject))
+    # An engine that fell back in silence would agree with itself.
+    fell_back = "" if cuda.device.startswith("cuda") else f"the CUDA side ran on {cuda.device}"
+    return _rel_l2_finding(report, "F-PAR-010", "the same model on the CPU", inconclusive=fell_back)
+
+
+def _two_forwards(subject: Subject) -> ParityReport:
+    return _trace_both(subject.plain, subject.model, _stimulus(subject))
+
+
+def _trace_both(reference: TracedForward, candidate: TracedForward, ids: NDArray[np.int64]) -> ParityReport:
+    """Trace both forwards; near-ties are what the limit of F-PAR-001 lets rounding overturn."""
+    traces = Trace(), Trace()
+    logits = reference.forward(ids, trace=traces[0])
+    candidate.forward(ids, trace=traces[1])
+    names = mandatory_names(reference.config.num_hidden_layers)
+    return compare(*traces, expect=names, tau=decisive_margin(logits, forward_limit()))
+
+
+def _decode_against_prefill(subject: Subject) -> ParityReport:
+    model, ids = subject.model, _stimulus(subject)
+    whole = model.forward(ids)
+    cache = model.new_cache()
+    steps = [model.forward(ids[:PROMPT], cache)]
+    steps += [model.forward(ids[at : at + 1], cache) for at in range(PROMPT, ids.size)]
+    tau = decisive_margin(whole, forward_limit())
+    return compare({LOGITS: whole}, {LOGITS: np.concatenate(steps)}, expect=(LOGITS,), tau=tau)
+
+
+def _greedy(model: TracedForward, prompt: NDArray[np.int64], steps: int) -> tuple[NDArray[np.int64], int]:
+    """Decode greedily through the cache, past end tokens; also count logits that are not finite."""
+    cache, ids = model.new_cache(), prompt
+    path, nonfinite = np.zeros(steps, np.int64), 0
+    for step in range(steps):
+        logits = model.forward(ids, cache)[-1]
+        nonfinite += int((~np.isfinite(logits)).sum())
+        path[step] = logits.argmax()
+        ids = path[step : step + 1]
+    return path, nonfinite
+
+
+def _replay(model: TracedForward, prompt: NDArray[np.int64], path: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the logits that stood before each token of the path, read through the cache in chunks."""
+    cache = model.new_cache()
+    parts = [model.forward(prompt, cache)[-1:]]
+    parts += [model.forward(path[at : min(at + CHUNK, path.size - 1)], cache) for at in range(0, path.size - 1, CHUNK)]
+    return np.concatenate(parts)[: path.size]
+
+
+def _against_reference(subject: Subject) -> AgainstReference | str:
+    """Trace subject, reference and noisy copy on the same tokens, or say why that could mean nothing."""
+    reference = _reference(subject)
+    why_not = _no_second_side(subject, reference)
+    if why_not:
+        return why_not
+    length = min(BUDGET_POSITIONS, *(s.model.config.max_position_embeddings for s in (subject, reference)))
+    ids = reference.stimulus(length).ids
+    truth, found = Trace(), Trace()
+    reference.model.forward(ids, trace=truth)
+    subject.model.forward(ids, trace=found)
+    copy = trace_rounded(reference.admission.require(), subject.checkpoint, ids, seed=subject.seed)
+    names = mandatory_names(reference.model.config.num_hidden_layers)
+    reports = [compare(truth, side, expect=names, tau=QUANTISED_TAU) for side in (found, copy)]
+    if reports[0].logits is None or reports[1].logits is None:
+        return f"the logits were not compared: {', '.join(reports[0].missing) or 'none of the copy'}"
+    return AgainstReference(reports[0], reports[1], reports[0].logits, reports[1].logits)
+
+
+def _no_second_side(subject: Subject, reference: Subject) -> str:
+    """Say why subject and reference cannot be held against each other, or nothing."""
+    if reference.refusal is not None:
+        return f"the reference was refused: {reference.refusal}"
+    if subject.checkpoint.content_hash == reference.checkpoint.content_hash:
+        return "subject and reference are the same bytes"
+    sizes = subject.model.config.vocab_size, reference.model.config.vocab_size
+    if sizes[0] != sizes[1]:
+        return f"a vocabulary of {sizes[0]} cannot be held against one of {sizes[1]}; see F-GT-011"
+    return ""
+
+
+def _reference(subject: Subject) -> Subject:
+    assert subject.reference is not None  # the claim needs it, so `act` has probed it
+    return subject.reference
+
+
+def _why_dear(pair: AgainstReference) -> list[tuple[str, str]]:
+    return explain.why_over_budget(pair.subject, pair.copy)
+
+
+def _rel_l2_finding(
+    report: ParityReport, claim: str, reference: str, *, noise_floor: float | None = None, inconclusive: str = ""
+) -> Finding:
+    """Turn a report into a finding whose value is the largest ``rel_l2`` of any row."""
+    limit = load_claims()[claim].threshold
+    return Finding(
+        value=report.required_tolerance,
+        compared=report.compared,
+        expected=report.expected,
+        nonfinite=report.nonfinite,
+        missing=report.missing,
+        detail=f"{len(report.names)} names at {report.positions} positions" if len(report.names) > 1 else "",
+        rows=explain.table(report),
+        arrays=explain.rel_l2_arrays(report),
+        whys=explain.why_rel_l2(report, limit),
+        reference=reference,
+        noise_floor=noise_floor,
+        inconclusive=inconclusive or _worthless(report),
+    )
+
+
+def _nothing(report: ParityReport) -> Finding:
+    return Finding(None, 0, report.expected, missing=report.missing, inconclusive="; ".join(report.missing))
+
+
+def _noise(subject: Subject) -> float:
+    """How far the torch forward is from itself when the same sums are done in other shapes."""
+    return _once(subject, "decode", _decode_against_prefill).required_tolerance
+
+
+def _same_sides(subject: Subject) -> str:
+    plain, model = subject.plain, subject.model
+    return f"both sides are the {model.backend} forward" if type(plain) is type(model) else ""
+
+
+def _worthless(report: ParityReport) -> str:
+    """Say why no agreement of this report could corroborate anything, or nothing."""
+    if report.same_object:
+        return "both sides are one object"
+    return f"{report.positions} positions, at least {FEWEST} are needed" if report.positions < FEWEST else ""
+
+
+def _stimulus(subject: Subject, tokens: int = POSITIONS) -> NDArray[np.int64]:
+    """Return ids, at most as many as the model has positions."""
+    ids: NDArray[np.int64] = subject.stimulus(min(tokens, subject.model.config.max_position_embeddings)).ids
+    return ids
+
+
+def _flip_line(row: dict[str, object]) -> str:
+    return f"token {row['step']}: {row['candidate']} instead of {row['reference']}, margin {row['margin']:.3g} nat"
+
+
+def _name(subject: Subject | None) -> str:
+    return str(subject.path) if subject is not None else ""
+
+
+def _bits(values: NDArray[np.float32]) -> NDArray[np.uint32]:
+    return np.ascontiguousarray(values, np.float32).view(np.uint32)

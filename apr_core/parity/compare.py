@@ -1,0 +1,393 @@
+"""
+Compare two traces of the same tokens.
+
+What makes a parity claim false, in the order in which it is looked for:
+
+1. A name or a position that one side lacks. Lengths and names are compared before any value: a comparison that pairs
+   the two sides until the shorter one ends would find nothing wrong with a forward that stopped early.
+2. A value that is not finite, on either side. Every limit is tested as ``value <= limit``, which NaN does not pass.
+3. A row whose difference is large against the reference's row: ``rel_l2`` per position. The norm of the difference,
+   never the difference of norms, which a permutation and a change of sign leave at zero.
+4. Another distribution. KL sees what a cosine cannot (a scale), and ``rel_l2`` what KL cannot (an offset), so both are
+   measured; neither excuses the other.
+5. Another top token where the reference's margin is decisive. A flip inside the margin is a near-tie: it is listed
+   apart and counts for nothing, because rounding alone can turn it.
+
+And what would make the claim worthless: nothing compared, a reference of zeros, or two sides that are one object. Those
+are counted here, and whoever judges must call them inconclusive. All arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apr_core.errors import UsageError
+
+Array = NDArray[np.floating[Any]]
+F64 = NDArray[np.float64]
+
+LOGITS = "logits"
+TOP_K = 10
+# Rows of logits handled at once: 32 rows of a 152k vocabulary are 39 MB in float64.
+_ROWS = 32
+_LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True, eq=False)
+class NameParity:
+    """
+    One named activation on both sides.
+
+    Attributes:
+        name: As in the trace, e.g. ``layers.3.k``.
+        rel_l2: Per position: norm of the difference over the norm of the reference's row; NaN stays NaN.
+        max_abs: Per position: largest absolute difference.
+        cosine: Per position: 1 for equal directions; for people, never for a verdict (a wrong scale has cosine 1).
+        nmse: Squared difference over squared reference, summed over all positions.
+        nonfinite: Values that are NaN or infinite on either side.
+        values: Values compared.
+    """
+
+    name: str
+    rel_l2: F64
+    max_abs: F64
+    cosine: F64
+    nmse: float
+    nonfinite: int
+    values: int
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the layer, None for what comes after the last."""
+        return split_name(self.name)[0]
+
+    @property
+    def op(self) -> str:
+        """The operation, e.g. ``k``."""
+        return split_name(self.name)[1]
+
+    @property
+    def worst(self) -> int:
+        """The position with the largest ``rel_l2``; one that is not a number is worse than any number."""
+        return int(np.argmax(_nan_is_worst(self.rel_l2)))
+
+    @property
+    def required_tolerance(self) -> float:
+        """The smallest limit on ``rel_l2`` that every position meets; infinite when a value is not finite."""
+        return float(_nan_is_worst(self.rel_l2)[self.worst]) if not self.nonfinite else math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class DistributionParity:
+    """
+    The next-token distributions of both sides, one entry per position.
+
+    Attributes:
+        kl: Divergence of the candidate from the reference, in nat.
+        total_variation: Half the summed absolute difference of the probabilities, 0 to 1.
+        margin: The reference's top logit minus its second, in nat.
+        tau: The margin up to which a flip is a near-tie.
+        flipped: True where the top tokens differ.
+        top_k_overlap: Share of the reference's ten likeliest tokens among the candidate's ten.
+    """
+
+    kl: F64
+    total_variation: F64
+    margin: F64
+    tau: F64
+    flipped: NDArray[np.bool_]
+    top_k_overlap: F64
+
+    @property
+    def kl_mean(self) -> float:
+        """Mean over positions, nat."""
+        return float(self.kl.mean())
+
+    @property
+    def kl_median(self) -> float:
+        """Median over positions, nat."""
+        return float(np.median(self.kl))
+
+    @property
+    def kl_p999(self) -> float:
+        """The 99.9th percentile, nat."""
+        return float(np.quantile(self.kl, 0.999))
+
+    @property
+    def kl_max(self) -> float:
+        """Largest over positions, nat; NaN when one is."""
+        return float(self.kl.max())
+
+    @property
+    def decisive(self) -> NDArray[np.bool_]:
+        """Where the reference's margin exceeds tau."""
+        return self.margin > self.tau
+
+    @property
+    def decisive_flips(self) -> tuple[int, ...]:
+        """Positions where another top token refutes."""
+        return tuple(int(i) for i in np.flatnonzero(self.flipped & self.decisive))
+
+    @property
+    def near_tie_flips(self) -> tuple[int, ...]:
+        """Positions where another top token is rounding."""
+        return tuple(int(i) for i in np.flatnonzero(self.flipped & ~self.decisive))
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of the decisive positions with the same top token; NaN when none is decisive."""
+        count = int(self.decisive.sum())
+        return 1 - len(self.decisive_flips) / count if count else math.nan
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first row beyond a limit, in order of computation."""
+
+    name: str
+    layer: int | None
+    op: str
+    position: int
+    rel_l2: float
+    largest_before: float
+
+    def __str__(self) -> str:
+        least = self.largest_before
+        before = f"the largest before is {least:.1e}" if least >= 0 else "nothing is before it"
+        return f"{self.name} at position {self.position}, rel_l2 {self.rel_l2:.2g}; {before}"
+
+
+@dataclass(frozen=True, eq=False)
+class ParityReport:
+    """
+    A candidate held against a reference.
+
+    Attributes:
+        names: What was compared, in order of computation.
+        logits: The distributions, when both sides have comparable logits.
+        missing: Names that were not compared, each with the reason.
+        wanted: Every name that either side or the caller knows.
+        positions: Of the longer side.
+        same_object: The sides share memory: nothing can follow from their agreement.
+    """
+
+    names: Mapping[str, NameParity]
+    logits: DistributionParity | None
+    missing: tuple[str, ...]
+    wanted: tuple[str, ...]
+    positions: int
+    same_object: bool
+
+    @property
+    def expected(self) -> int:
+        """Rows (one position of one name) that should have been compared."""
+        return self.positions * len(self.wanted)
+
+    @property
+    def compared(self) -> int:
+        """Rows compared."""
+        return sum(n.rel_l2.size for n in self.names.values())
+
+    @property
+    def values(self) -> int:
+        """Values compared."""
+        return sum(n.values for n in self.names.values())
+
+    @property
+    def nonfinite(self) -> int:
+        """Values that are not finite on either side."""
+        return sum(n.nonfinite for n in self.names.values())
+
+    @property
+    def required_tolerance(self) -> float:
+        """The smallest limit on ``rel_l2`` that every row meets; NaN when nothing was compared."""
+        return max((n.required_tolerance for n in self.names.values()), default=math.nan)
+
+    def only(self, *names: str) -> ParityReport:
+        """Return the part of the report that speaks about these names; coverage is cut to them too."""
+        return ParityReport(
+            names={k: v for k, v in self.names.items() if k in names},
+            logits=self.logits if LOGITS in names else None,
+            missing=tuple(m for m in self.missing if m.split(":")[0] in names),
+            wanted=tuple(name for name in self.wanted if name in names),
+            positions=self.positions,
+            same_object=self.same_object,
+        )
+
+    def first_divergence(self, limit: float) -> Divergence | None:
+        """Find the first name, and in it the first position, that is not within ``limit``."""
+        largest = -1.0
+        for parity in self.names.values():
+            beyond = ~(parity.rel_l2 <= limit)
+            if beyond.any():
+                at = int(beyond.argmax())
+                return Divergence(parity.name, parity.layer, parity.op, at, float(parity.rel_l2[at]), largest)
+            largest = max(largest, float(parity.rel_l2.max()))
+        return None
+
+    def table(self) -> list[dict[str, object]]:
+        """One row per name, at its worst position."""
+        return [
+            {
+                "name": n.name,
+                "layer": n.layer,
+                "op": n.op,
+                "rel_l2": float(n.rel_l2[n.worst]),
+                "max_abs": float(n.max_abs[n.worst]),
+                "cosine": float(n.cosine[n.worst]),
+                "nmse": n.nmse,
+                "position": n.worst,
+                "required_tolerance": n.required_tolerance,
+            }
+            for n in self.names.values()
+        ]
+
+
+def compare(
+    reference: Mapping[str, Array],
+    candidate: Mapping[str, Array],
+    *,
+    expect: Sequence[str] = (),
+    tau: float | F64 = 0.0,
+) -> ParityReport:
+    """
+    Hold a candidate's trace against a reference's, name by name and position by position.
+
+    Args:
+        reference: Named arrays [tokens, dim].
+        candidate: Likewise, of the same tokens.
+        expect: Names that must be there. Without it two traces that lack the same layer would agree completely.
+        tau: The margin in nat up to which a flipped top token is a near-tie; one number, or one per position.
+
+    Raises:
+        UsageError: An array is not [tokens, dim].
+    """
+    order = list(dict.fromkeys((*expect, *reference, *candidate)))
+    positions = max((_rows(name, side[name]) for side in (reference, candidate) for name in side), default=0)
+    parities: dict[str, NameParity] = {}
+    missing: list[str] = []
+    for name in order:
+        reason = _incomparable(reference.get(name), candidate.get(name))
+        if reason:
+            missing.append(f"{name}: {reason}")
+        else:
+            parities[name] = compare_rows(name, reference[name], candidate[name])
+    return ParityReport(
+        names=parities,
+        logits=compare_logits(reference[LOGITS], candidate[LOGITS], tau) if LOGITS in parities else None,
+        missing=tuple(missing),
+        wanted=tuple(order),
+        positions=positions,
+        same_object=_share_memory(reference, candidate),
+    )
+
+
+def compare_rows(name: str, reference: Array, candidate: Array) -> NameParity:
+    """Measure one activation, [tokens, dim] on both sides, row by row."""
+    parts = [_row_statistics(reference[rows], candidate[rows]) for rows in _chunks(len(reference))]
+    difference, norm, max_abs, cosine, nonfinite = (np.concatenate(column) for column in zip(*parts, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # A zero row equals a zero row; against anything else it is infinitely far off.
+        rel_l2 = np.where((norm == 0) & (difference == 0), 0.0, difference / norm)
+        nmse = float((difference**2).sum() / (norm**2).sum())
+    return NameParity(name, rel_l2, max_abs, cosine, nmse, int(nonfinite.sum()), reference.size)
+
+
+def compare_logits(reference: Array, candidate: Array, tau: float | F64 = 0.0) -> DistributionParity:
+    """Measure the next-token distributions of logits [tokens, vocabulary], at least two tokens wide."""
+    parts = [_distributions(reference[rows], candidate[rows]) for rows in _chunks(len(reference))]
+    kl, variation, margin, flipped, overlap = (np.concatenate(column) for column in zip(*parts, strict=True))
+    taus = np.broadcast_to(np.asarray(tau, np.float64), kl.shape).copy()
+    return DistributionParity(kl, variation, margin, taus, flipped.astype(bool), overlap)
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """Split ``layers.3.k`` into 3 and ``k``; other names have no layer."""
+    found = _LAYER.match(name)
+    return (int(found[1]), found[2]) if found else (None, name)
+
+
+def _incomparable(reference: Array | None, candidate: Array | None) -> str:
+    """Say why a name cannot be compared, or nothing."""
+    if reference is None or candidate is None:
+        sides = [side for side, array in (("reference", reference), ("candidate", candidate)) if array is None]
+        return f"absent in the {' and the '.join(sides)}"
+    if reference.shape != candidate.shape:
+        return f"{list(reference.shape)} in the reference, {list(candidate.shape)} in the candidate"
+    if not reference.any():
+        return "the reference is all zeros" if reference.size else "no values"
+    return ""
+
+
+def _row_statistics(reference: Array, candidate: Array) -> tuple[F64, ...]:
+    r, c = reference.astype(np.float64), candidate.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        d = c - r
+        norms = np.linalg.norm(r, axis=1) * np.linalg.norm(c, axis=1)
+        cosine = np.where(norms == 0, 0.0, (r * c).sum(axis=1) / norms)
+        bad = (~np.isfinite(r) | ~np.isfinite(c)).sum(axis=1)
+        return np.linalg.norm(d, axis=1), np.linalg.norm(r, axis=1), np.abs(d).max(axis=1), cosine, bad
+
+
+def _distributions(reference: Array, candidate: Array) -> tuple[F64, ...]:
+    log_p, log_q = log_softmax(reference), log_softmax(candidate)
+    p, q = np.exp(log_p), np.exp(log_q)
+    with np.errstate(invalid="ignore"):
+        # Each term p ln(p/q) - p + q is >= 0, so nothing cancels: the plain sum drowns a KL of 1e-13 in rounding.
+        kl = (p * (log_p - log_q) - p + q).sum(axis=1)
+        variation = np.abs(p - q).sum(axis=1) / 2
+    k = min(TOP_K, reference.shape[1])
+    top_p, top_q = _top(log_p, k), _top(log_q, k)
+    overlap = np.array([np.intersect1d(a, b).size / k for a, b in zip(top_p, top_q, strict=True)])
+    # argmax takes the first of equals on both sides, as greedy decoding does
+    return kl, variation, top_margin(reference), reference.argmax(axis=1) != candidate.argmax(axis=1), overlap
+
+
+def top_margin(logits: Array) -> F64:
+    """Top logit minus the second, per row; infinite in a vocabulary of one."""
+    if logits.shape[1] < 2:
+        return np.full(len(logits), np.inf)
+    two = np.partition(logits.astype(np.float64), -2, axis=1)[:, -2:]
+    with np.errstate(invalid="ignore"):
+        margin: F64 = two[:, 1] - two[:, 0]
+    return margin
+
+
+def log_softmax(logits: Array) -> F64:
+    """Logarithm of the probabilities per row, in float64."""
+    x = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        x = x - x.max(axis=1, keepdims=True)
+        shifted: F64 = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def _top(values: F64, k: int) -> NDArray[np.intp]:
+    return np.argpartition(values, -k, axis=1)[:, -k:]
+
+
+def _chunks(rows: int) -> Iterator[slice]:
+    return (slice(start, start + _ROWS) for start in range(0, rows, _ROWS))
+
+
+def _rows(name: str, array: Array) -> int:
+    if array.ndim != 2:
+        raise UsageError(f"expected [tokens, dim] for {name}, found shape {array.shape}", advice="trace one forward")
+    return int(array.shape[0])
+
+
+def _nan_is_worst(values: F64) -> F64:
+    return np.where(np.isnan(values), np.inf, values)
+
+
+def _share_memory(reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> bool:
+    """True for one object, and for two mappings around the same arrays."""
+    both = (name for name in reference if name in candidate)
+    return reference is candidate or any(np.may_share_memory(reference[name], candidate[name]) for name in both)

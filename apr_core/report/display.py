@@ -1,0 +1,208 @@
+"""
+How findings, records and rounds look in Jupyter.
+
+JupyterLab executes scripts in the output of a cell that a person ran, so escaping here is the only defence against a
+hostile model file. A repr never raises: an exception in one would fail a whole notebook.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from apr_core.falsify.claims import load_claims
+from apr_core.falsify.evidence import Evidence
+from apr_core.falsify.finding import Finding
+from apr_core.falsify.rounds import Round
+from apr_core.report.text import clean, esc, limit_of, number, quantity, table
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Something to show: HTML for Jupyter, the same as plain text for everything else."""
+
+    html: Markup
+    text: str
+
+    def _repr_html_(self) -> str:
+        return str(self.html)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def install() -> bool:
+    """
+    Register the displays in the running IPython; does nothing, and imports nothing, outside of one.
+
+    Returns:
+        Whether there was an IPython to register with.
+    """
+    if "IPython" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        return False
+    formats = shell.display_formatter.formatters
+    for kind, shown in ((Finding, show_finding), (Evidence, show_evidence), (Round, show_claims)):
+        formats["text/html"].for_type(kind, functools.partial(_html, shown))
+        formats["text/plain"].for_type(kind, functools.partial(_plain, shown))
+    formats["image/svg+xml"].for_type_by_name("matplotlib.figure", "Figure", _figure)
+    formats["text/plain"].for_type_by_name("matplotlib.figure", "Figure", _figure_text)
+    return True
+
+
+def show_finding(finding: Finding) -> Shown:
+    """A measurement before it is judged: value against limit, coverage, rows, whys."""
+    claim = load_claims()[finding.claim]
+    if finding.not_run is not None:
+        said = f"{finding.claim} not run: {finding.not_run}{f': {finding.blame}' if finding.blame else ''}"
+        return _lines([said])
+    value = "not finite" if finding.value is not None and number(finding.value) == "not finite" else finding.value
+    lines = [
+        f"{finding.claim} {claim.title}",
+        f"{claim.metric} = {quantity(value, claim.unit)} (limit {limit_of(claim.as_json())}), "
+        f"compared {finding.compared} of {finding.expected}",
+    ]
+    if finding.nonfinite:
+        lines.append(f"{finding.nonfinite} values are not finite")
+    if finding.missing:
+        lines.append(f"not compared: {', '.join(clean(n, 80) for n in list(finding.missing)[:5])}")
+    if finding.reference:
+        lines.append(f"reference: {finding.reference}")
+    if finding.noise_floor is not None:
+        lines.append(f"noise floor: {quantity(finding.noise_floor, claim.unit)}")
+    if finding.inconclusive:
+        lines.append(f"decides nothing: {finding.inconclusive}")
+    return _lines(lines, finding.rows, finding.whys)
+
+
+def show_evidence(evidence: Evidence) -> Shown:
+    """A judged record: its canonical line, and the whys where it is falsified."""
+    return _lines([str(evidence)], whys=evidence.whys)
+
+
+def show_claims(round_: Round) -> Shown:
+    """The claims of a round as a table, and under it the whys of what is falsified."""
+    by_id = {e.id: e for e in round_.records}
+    rows: list[Mapping[str, Any]] = []
+    for claim in round_.claims:
+        e = by_id.get(claim.id)
+        rows.append(
+            {
+                "claim": claim.id,
+                "title": claim.title,
+                "verdict": str(e.verdict) if e else "not recorded yet",
+                "measured": quantity(e.measured["value"], claim.unit) if e else "–",
+                "limit": limit_of(claim.as_json()),
+                "compared": f"{e.coverage['compared']} of {e.coverage['expected']}" if e else "–",
+                "reason": e.reason if e else "",
+            }
+        )
+    whys = show_whys(round_) if round_.falsified() else Shown(Markup(""), "")
+    return Shown(
+        table(rows, f"Claims of {round_.notebook}") + whys.html,
+        "\n".join([_text_table(rows), *([whys.text] if whys.text else [])]),
+    )
+
+
+def show_whys(round_: Round) -> Shown:
+    """Five whys of each falsified claim: questions and the answers that experiments gave."""
+    parts = [_lines([f"{e.id} {e.verdict}: {e.reason}"], whys=e.whys or _NO_WHYS) for e in round_.falsified()]
+    if not parts:
+        return _lines(["No claim of this round is falsified: there is nothing to explain."])
+    return Shown(Markup("").join(p.html for p in parts), "\n".join(p.text for p in parts))
+
+
+def show_provenance(round_: Round) -> Shown:
+    """Which bytes were examined, and by what code on which machine."""
+    s, p = round_.subject, round_.provenance
+    facts: dict[str, object] = {
+        "model": s.name,
+        "format": s.format,
+        "sha256": s.sha256,
+        "types": ", ".join(f"{k} × {v}" for k, v in s.quant.items()),
+        "parameters": f"{s.parameters:,}",
+        "device": s.device,
+        "refused": s.refusal,
+        "contract": "bypassed (--skip-contract): nothing here can be corroborated" if s.bypassed else "",
+        "reference": f"{round_.reference.name} (sha256 {round_.reference.sha256})" if round_.reference else "",
+        "machine": f"{p.get('platform', '')}, {p.get('cpu', '')}, {p.get('cores', '')} cores",
+        "python": p.get("python", ""),
+        "packages": ", ".join(f"{k} {v}" for k, v in dict(p.get("packages") or {}).items()),
+        "commit": f"{p.get('commit') or 'none'}{' (edited)' if p.get('dirty') else ''}",
+        "parameters given": ", ".join(f"{k}={v}" for k, v in round_.parameters.items()),
+    }
+    known = {k: clean(v, 400) for k, v in facts.items() if v not in ("", None)}
+    body = Markup("").join(
+        Markup('<tr><th scope="row">{}</th><td>{}</td></tr>').format(esc(k), esc(v)) for k, v in known.items()
+    )
+    wide = max(len(k) for k in known)
+    return Shown(
+        Markup('<table class="apr-facts"><tbody>{}</tbody></table>').format(body),
+        "\n".join(f"{k:<{wide}}  {v}" for k, v in known.items()),
+    )
+
+
+_NO_WHYS = (("Why?", "No experiment has been recorded for this claim."),)
+
+
+def _lines(lines: Sequence[str], rows: Sequence[Mapping[str, Any]] = (), whys: Sequence[tuple[str, str]] = ()) -> Shown:
+    first, *rest = [clean(line, 1000) for line in lines]
+    html = Markup("<p><strong>{}</strong></p>").format(esc(first))
+    html += Markup("").join(Markup("<p>{}</p>").format(esc(line)) for line in rest)
+    html += table([dict(r) for r in rows])
+    if whys:
+        html += Markup('<ol class="apr-whys">{}</ol>').format(
+            Markup("").join(Markup("<li><strong>{}</strong> {}</li>").format(esc(q), esc(a)) for q, a in whys)
+        )
+    text = [first, *rest, *([_text_table(rows)] if rows else [])]
+    return Shown(html, "\n".join([*text, *(f"  {i}. {clean(q)} {clean(a)}" for i, (q, a) in enumerate(whys, 1))]))
+
+
+def _text_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows in aligned columns, a cell never more than 40 characters wide."""
+    names = list(dict.fromkeys(str(k) for r in rows for k in r))
+    cells = [names, *([clean(number(r.get(n)), 36).replace("\n", " ") for n in names] for r in rows)]
+    wide = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, wide, strict=True)).rstrip() for line in cells)
+
+
+def _html(show: Callable[[Any], Shown], thing: object) -> str:
+    return str(_total(show, thing).html)
+
+
+def _plain(show: Callable[[Any], Shown], thing: object, printer: Any, cycle: bool) -> None:
+    printer.text("..." if cycle else _total(show, thing).text)
+
+
+def _total(show: Callable[[Any], Shown], thing: object) -> Shown:
+    """Show, whatever happens: an exception in a display is recorded as a failed cell and would fail the run."""
+    try:
+        return show(thing)
+    except Exception as error:
+        return _lines([f"{type(thing).__name__} could not be shown: {type(error).__name__}: {clean(error, 200)}"])
+
+
+def _figure(figure: Any) -> tuple[str, dict[str, str]] | None:
+    """SVG of a figure and its alternative text; nbconvert's page takes the latter from the output's metadata."""
+    from apr_core.report.style import alt_text, svg
+
+    try:
+        return svg(figure), {"alt": alt_text(figure)}
+    except Exception as error:
+        sys.stderr.write(f"figure not drawn: {clean(error, 200)}\n")
+        return None
+
+
+def _figure_text(figure: Any, printer: Any, cycle: bool) -> None:
+    from apr_core.report.style import alt_text
+
+    printer.text("..." if cycle else alt_text(figure))

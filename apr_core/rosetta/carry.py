@@ -1,0 +1,333 @@
+"""
+What a model is besides its tensors, translated between the three containers.
+
+An `Identity` is read once from any of them: configuration, vocabulary, end tokens, chat template. Notes are whatever
+else a file says about itself (name, licence, the mark of an untrained model). A note that has no place in the target
+goes under ``source.`` (GGUF) or ``source_metadata`` (APR), so that a copy of a copy finds it again and so that a note
+can never be read as configuration.
+
+Source: llama.cpp ``gguf-py/gguf/constants.py`` and ``convert_hf_to_gguf.py`` (vocabulary padding, token types);
+the Hugging Face file names; the metadata keys of APR v2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from apr_core.errors import LoadError, ReadWriteError
+from apr_core.formats import names
+from apr_core.formats.checkpoint import Checkpoint
+from apr_core.model.vocabulary import QWEN2_PRE_TOKENIZER, Vocabulary, read_vocabulary
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of GGUF
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type
+# Ends by text for every reader of GGUF and APR, so a file need not name them.
+_ENDS_BY_TEXT = ("<|im_end|>", "<|endoftext|>")
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+# Keys that a writer sets itself, or that would move tensors.
+_OWN_KEYS = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
+_TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """
+    What makes a model this model, besides its tensors.
+
+    Attributes:
+        config: Hugging Face keys, ``rope_theta`` at the top level.
+        vocabulary: The tokenizer as its file has it, or None where there is none.
+        ends: End tokens, the one that the configuration names first.
+    """
+
+    config: Mapping[str, object]
+    vocabulary: Vocabulary | None
+    ends: tuple[int, ...]
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Probe for a tokenizer of the checkpoint's own, usable or not."""
+    if checkpoint.format == "gguf":
+        return "tokenizer.ggml.tokens" in checkpoint.metadata
+    if checkpoint.format == "apr":
+        return checkpoint.metadata.get("tokenizer.vocabulary") is not None
+    return (checkpoint.folder / "tokenizer.json").is_file()
+
+
+def read_identity(checkpoint: Checkpoint) -> Identity:
+    """
+    Read what must travel with the tensors.
+
+    Raises:
+        LoadError, FormatError: There is a tokenizer, and it cannot be read.
+    """
+    config = dict(checkpoint.config or {})
+    rope = config.get("rope_parameters")
+    if config.get("rope_theta") is None and isinstance(rope, Mapping) and rope.get("rope_theta") is not None:
+        config["rope_theta"] = rope["rope_theta"]  # as transformers 5 writes it; GGUF and APR have one place for it
+    vocabulary = read_vocabulary(checkpoint) if has_tokenizer(checkpoint) else None
+    named = config.get("eos_token_id")
+    first = [i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)]
+    others: set[int] = set()
+    if vocabulary is not None:
+        ids = token_ids(vocabulary)
+        others = set(vocabulary.eos_ids) | {ids[text] for text in vocabulary.eos_texts if text in ids}
+    return Identity(config, vocabulary, tuple(dict.fromkeys([*first, *sorted(others)])))
+
+
+def token_ids(vocabulary: Vocabulary) -> dict[str, int]:
+    """Return every token's text -> id; an added token wins over an ordinary one of the same text."""
+    return {**vocabulary.bpe["model"]["vocab"], **{token.content: token.id for token in vocabulary.added}}
+
+
+def merges(vocabulary: Vocabulary) -> list[str]:
+    """Return the merges by rank, as ``left right``."""
+    return [m if isinstance(m, str) else " ".join(m) for m in vocabulary.bpe["model"]["merges"]]
+
+
+def notes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the file says about itself beyond configuration and tokenizer: plain JSON values."""
+    metadata = checkpoint.metadata
+    if checkpoint.format == "safetensors":
+        return {key: value for key, value in metadata.items() if key != "format"}
+    if checkpoint.format == "apr":
+        nested = metadata.get("source_metadata")
+        own = {key: value for key, value in metadata.items() if key.startswith(("general.", "apr."))}
+        return {**(nested if isinstance(nested, dict) else {}), **own}
+    # Without naming what is kept, reading a note would parse the token lists, a second of work for nothing.
+    kept = [k for k in metadata if k.startswith(("general.", "apr.", "source.")) and k not in _OWN_KEYS]
+    return {key.removeprefix("source."): metadata[key] for key in kept}
+
+
+def gguf_pairs(checkpoint: Checkpoint, identity: Identity, dtype: str) -> dict[str, object]:
+    """
+    Build the key-value pairs of a GGUF copy.
+
+    Raises:
+        LoadError: A tokenizer that ``gpt2`` with ``qwen2`` does not describe, or more end tokens than there are keys.
+    """
+    said = notes(checkpoint)
+    pairs: dict[str, object] = {"general.name": str(said.get("general.name", _title(checkpoint.path)))}
+    if checkpoint.format == "gguf":
+        family = f"{checkpoint.metadata.get('general.architecture')}."
+        pairs |= {key: checkpoint.metadata[key] for key in checkpoint.metadata if key.startswith(family)}
+    for key, value in said.items():
+        place = key if key.startswith(("general.", "apr.")) and key not in _OWN_KEYS else f"source.{key}"
+        pairs[place] = value if isinstance(value, str | bool | int | float) else json.dumps(value)
+    pairs |= names.gguf_metadata(identity.config)
+    if dtype in _FILE_TYPES:
+        pairs["general.file_type"] = _FILE_TYPES[dtype]
+    elif "general.file_type" in checkpoint.metadata:
+        pairs["general.file_type"] = checkpoint.metadata["general.file_type"]
+    pairs["general.quantization_version"] = 2
+    if identity.vocabulary is None:
+        return pairs
+    tokens, kinds = token_list(identity, _rows(checkpoint))
+    pairs |= {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.add_bos_token": identity.vocabulary.add_bos,
+    }
+    if ranked := merges(identity.vocabulary):  # GGUF cannot say what an empty list is a list of
+        pairs["tokenizer.ggml.merges"] = ranked
+    pairs |= _gguf_ends(identity, checkpoint.path)
+    if identity.vocabulary.chat_template is not None:
+        pairs["tokenizer.chat_template"] = identity.vocabulary.chat_template
+    return pairs
+
+
+def _gguf_ends(identity: Identity, path: Path) -> dict[str, object]:
+    """Name the end tokens that readers do not find by text; GGUF has three keys for them."""
+    assert identity.vocabulary is not None
+    ids = token_ids(identity.vocabulary)
+    by_text = {ids[text] for text in _ENDS_BY_TEXT if text in ids}
+    ends = [i for at, i in enumerate(identity.ends) if at == 0 or i not in by_text]
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    if len(ends) > len(keys):
+        raise LoadError(f"GGUF can name {len(keys)} end tokens, {path} has {ends}", advice="copy it to SafeTensors")
+    pairs: dict[str, object] = dict(zip(keys, ends, strict=False))
+    padding = ids.get(identity.vocabulary.variables.get("pad_token", ""))
+    if padding is not None:
+        pairs["tokenizer.ggml.padding_token_id"] = padding
+    return pairs
+
+
+def apr_pairs(checkpoint: Checkpoint, identity: Identity) -> dict[str, object]:
+    """
+    Build the metadata of an APR copy.
+
+    Raises:
+        LoadError: A tokenizer that lists of tokens and merges do not describe.
+    """
+    said = notes(checkpoint)
+    plain = {key: value for key, value in said.items() if key.startswith(("general.", "apr."))}
+    pairs: dict[str, object] = {
+        **plain,
+        "source_metadata": {key: value for key, value in said.items() if key not in plain},
+        "name": str(said.get("general.name", _title(checkpoint.path))),
+        "original_format": checkpoint.format,
+        "param_count": sum(prod(info.shape) for info in checkpoint.tensors.values()),
+        **names.apr_metadata(identity.config),
+    }
+    if identity.ends:
+        pairs["tokenizer.eos_token_id"] = identity.ends[0] if len(identity.ends) == 1 else list(identity.ends)
+    if identity.vocabulary is None:
+        return pairs
+    tokens, kinds = token_list(identity, _rows(checkpoint))
+    pairs |= {
+        "tokenizer.model_type": "BPE",
+        "tokenizer.vocabulary": tokens,
+        "tokenizer.vocab_size": len(tokens),
+        "tokenizer.token_type": kinds,
+        "tokenizer.merges": merges(identity.vocabulary),
+        "tokenizer.add_bos_token": identity.vocabulary.add_bos,
+    }
+    template = identity.vocabulary.chat_template
+    if template is not None:
+        pairs |= {"chat_template": template, "tokenizer.chat_template": template}
+        pairs["chat_format"] = "chatml" if "<|im_start|>" in template else "custom"
+    return pairs
+
+
+def folder_files(checkpoint: Checkpoint, identity: Identity, dtype: str) -> dict[str, bytes]:
+    """Build the files beside a SafeTensors copy; those of a SafeTensors source are taken over as they are."""
+    files: dict[str, bytes] = {}
+    if checkpoint.format == "safetensors":
+        for name in _COMPANIONS:
+            path = checkpoint.folder / name
+            try:
+                files |= {name: path.read_bytes()} if path.is_file() else {}
+            except OSError as error:
+                raise ReadWriteError(f"cannot read {path}: {error.strerror}", advice="check permissions") from error
+        if dtype in _TORCH:
+            files["config.json"] = _json({**(checkpoint.config or {}), "torch_dtype": _TORCH[dtype]})
+        return files
+    config = {"architectures": ["Qwen2ForCausalLM"], "torch_dtype": _TORCH.get(dtype, "float32"), **identity.config}
+    generation = {k: config[k] for k in ("bos_token_id", "pad_token_id") if config.get(k) is not None}
+    files["config.json"] = _json(config)
+    files["generation_config.json"] = _json({**generation, "eos_token_id": list(identity.ends)})
+    if identity.vocabulary is not None:
+        files["tokenizer.json"] = _json(tokenizer_document(identity.vocabulary))
+        files["tokenizer_config.json"] = _json(_tokenizer_settings(identity))
+    return files
+
+
+def token_list(identity: Identity, rows: int) -> tuple[list[str], list[int]]:
+    """
+    Lay a vocabulary out as a list whose index is the id, with GGUF's token types.
+
+    Ids without a token, up to the rows of the embedding, become ``[PADn]`` of type unused, as llama.cpp's converter
+    writes them: the list must be as long as the embedding.
+
+    Raises:
+        LoadError: The tokenizer does something that a list of tokens and merges cannot say.
+    """
+    vocabulary = identity.vocabulary
+    assert vocabulary is not None
+    _require_qwen2(vocabulary)
+    ids = token_ids(vocabulary)
+    count = max(rows, 1 + max(ids.values(), default=-1))
+    tokens, kinds = [f"[PAD{i}]" for i in range(count)], [_UNUSED] * count
+    for text, i in ids.items():
+        tokens[i], kinds[i] = text, _NORMAL
+    for token in vocabulary.added:
+        # "<|" makes a token a control token here, whatever its flag: a copy that forgets that can be injected into.
+        kinds[token.id] = _CONTROL if token.control else _USER_DEFINED
+    return tokens, kinds
+
+
+def _require_qwen2(vocabulary: Vocabulary) -> None:
+    """Refuse a tokenizer that splits text otherwise: its copy would give other ids for the same text, in silence."""
+    bpe = vocabulary.bpe
+    parts = (bpe.get("pre_tokenizer") or {}).get("pretokenizers") or []
+    found = [part.get("pattern", {}).get("Regex") for part in parts if part.get("type") == "Split"]
+    model, normalizer = bpe["model"], bpe.get("normalizer") or {}
+    fits = {
+        "a pre-tokenizer": found == [QWEN2_PRE_TOKENIZER],
+        "a normalizer": normalizer.get("type") == "NFC",
+        "a model": model.get("type") == "BPE" and not model.get("ignore_merges") and not model.get("byte_fallback"),
+        "an added token": not any(t.lstrip or t.rstrip or t.single_word for t in vocabulary.added),
+    }
+    for what, holds in fits.items():
+        if not holds:
+            raise LoadError(
+                f"the tokenizer in {vocabulary.source} has {what} that is not Qwen2's, which GGUF and APR cannot say",
+                advice="copy it to SafeTensors",
+            )
+
+
+def tokenizer_document(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Build ``tokenizer.json`` from a vocabulary that came out of a GGUF or an APR file."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [{"id": t.id, "content": t.content, **flags, "special": t.special} for t in vocabulary.added]
+    vocab = dict(vocabulary.bpe["model"]["vocab"])
+    # The tokenizers package numbers added tokens on from the last ordinary one; one that stands elsewhere keeps its id
+    # only when the model knows it too.
+    expected = range(len(vocab), len(vocab) + len(added))
+    if [token["id"] for token in added] != list(expected):
+        vocab |= {token.content: token.id for token in vocabulary.added}
+    model = {
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        **vocabulary.bpe["model"],
+        "vocab": vocab,
+    }
+    rest = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
+    return {**rest, **vocabulary.bpe, "added_tokens": added, "model": model}
+
+
+def _tokenizer_settings(identity: Identity) -> dict[str, Any]:
+    """Build ``tokenizer_config.json``."""
+    vocabulary = identity.vocabulary
+    assert vocabulary is not None
+    texts = {i: text for text, i in token_ids(vocabulary).items()}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "add_bos_token": vocabulary.add_bos,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": False,
+        **{key: vocabulary.variables.get(key) for key in ("bos_token", "pad_token", "unk_token")},
+        "eos_token": texts.get(identity.ends[0]) if identity.ends else None,
+    }
+    if vocabulary.chat_template is not None:
+        settings["chat_template"] = vocabulary.chat_template
+    return settings
+
+
+def _rows(checkpoint: Checkpoint) -> int:
+    """Rows of the embedding; 0 when there is none, which is the contract's to refuse."""
+    info = checkpoint.tensors.get("model.embed_tokens.weight")
+    return info.shape[0] if info is not None and info.shape else 0
+
+
+def _title(path: Path) -> str:
+    """A name for people: that of the folder for ``model.safetensors``, else the file's."""
+    plain = path.stem.removesuffix(".safetensors.index")
+    return path.parent.name or plain if plain in ("model", "model.safetensors") else plain
+
+
+def _json(document: Mapping[str, Any] | Sequence[Any]) -> bytes:
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode("utf-8")

@@ -1,0 +1,1 @@
+"""Planted defects, benign twins, and the proof that each claim can fail."""

@@ -1,0 +1,187 @@
+"""Statistics against float64 numpy, and what each storage type does to them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf import quants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from apr_core.contract import stats as stats_module
+from apr_core.contract.stats import TensorStats, measure, measure_values
+from apr_core.dtypes import FORMATS
+from apr_core.formats.checkpoint import RawTensor, TensorInfo
+
+
+def raw_of(dtype: str, data: np.ndarray, shape: tuple[int, ...], name: str = "t") -> RawTensor:
+    """Wrap bytes as a reader would."""
+    flat = np.frombuffer(data.tobytes(), np.uint8)
+    return RawTensor(TensorInfo(name, FORMATS[dtype], shape, Path("made.up"), 0, flat.size, name), flat)
+
+
+def agrees(found: TensorStats, values: np.ndarray) -> bool:
+    """Compare with plain float64 numpy over the finite values."""
+    wide = values.astype(np.float64).reshape(-1)
+    finite = wide[np.isfinite(wide)]
+    scale = np.abs(finite).max(initial=0.0)
+    return (
+        found.count == wide.size
+        and found.zeros == int((np.abs(wide) < np.float32(1e-10)).sum())
+        and found.nans == int(np.isnan(wide).sum())
+        and found.infs == int(np.isinf(wide).sum())
+        and (found.minimum, found.maximum) == (finite.min(), finite.max())
+        and found.mean == pytest.approx(finite.mean(), rel=1e-5, abs=1e-6 * scale)
+        and found.std == pytest.approx(finite.std(ddof=1) if finite.size > 1 else 0.0, rel=1e-5, abs=1e-6 * scale)
+        and found.l2 == pytest.approx(np.linalg.norm(finite), rel=1e-5, abs=1e-30)
+    )
+
+
+@pytest.mark.parametrize("shape", [(1,), (63,), (131, 64), (7, 70001), (3, 5, 7), (65537,)])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_plain_types_match_float64(dtype: str, shape: tuple[int, ...]) -> None:
+    """Odd lengths, lengths past one chunk, and rows longer than a chunk give what float64 numpy gives."""
+    values = (np.random.default_rng(1).standard_normal(shape) * 0.02 + 0.001).astype(np.float32)
+    if dtype == "BF16":
+        stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+        values = (stored.astype(np.uint32) << 16).view(np.float32)
+    elif dtype == "F16":
+        stored = values.astype(np.float16)
+        values = stored.astype(np.float32)
+    else:
+        stored = values
+    assert agrees(measure(raw_of(dtype, stored, shape)), values)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=1, max_dims=2, min_side=1, max_side=40),
+        elements=st.floats(width=32, min_value=-(2.0**60), max_value=2.0**60, allow_subnormal=True)
+        | st.sampled_from([0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1e-10, 1e-11, 1e-40]),
+    ).filter(lambda a: np.isfinite(a).any())
+)
+def test_any_values(values: np.ndarray) -> None:
+    """NaN, infinities, denormals and large magnitudes in any mixture are counted, and the rest is measured."""
+    assert agrees(measure_values("t", values), values)
+
+
+def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tensor in chunks of one row and in one chunk has the same counts and, to rounding, the same moments."""
+    values = (np.random.default_rng(2).standard_normal((50, 33)) + 5).astype(np.float32)
+    values[3, 4], values[40, 1], values[7] = np.nan, np.inf, 0
+    whole = measure(raw_of("F32", values, values.shape), spot_rows=True)
+    monkeypatch.setattr(stats_module, "CHUNK", 33)
+    rows = measure(raw_of("F32", values, values.shape), spot_rows=True)
+    for counted in ("zeros", "nans", "infs", "minimum", "maximum", "dead_rows"):
+        assert getattr(whole, counted) == getattr(rows, counted)
+    assert [row for row, _ in rows.row_l2] == [5, 25, 45]
+    assert rows.spot_l2 == pytest.approx(whole.spot_l2, rel=1e-6)
+    assert (rows.mean, rows.std, rows.l2) == pytest.approx((whole.mean, whole.std, whole.l2), rel=1e-6)
+
+
+def test_deviation_of_a_norm_around_one() -> None:
+    """Gains of 1.0 +- 1e-3 keep their deviation: the difference of two float32 sums would lose it."""
+    values = (1 + 1e-3 * np.random.default_rng(3).standard_normal(100_000)).astype(np.float32)
+    assert measure_values("n", values).std == pytest.approx(values.astype(np.float64).std(ddof=1), rel=1e-6)
+
+
+def test_a_large_legal_value_is_not_infinite() -> None:
+    """1e30 squared overflows float32; the norm must not."""
+    found = measure_values("t", np.full((4, 4), 1e30, np.float32), spot_rows=True)
+    assert (found.l2, found.spot_l2, found.infs) == (pytest.approx(4e30), pytest.approx(2e30), 0)
+
+
+@pytest.mark.parametrize(("value", "zeros"), [(0.0, 4), (-0.0, 4), (9e-11, 4), (2e-10, 0), (1e-42, 4)])
+def test_what_counts_as_zero(value: float, zeros: int) -> None:
+    """Below 1e-10 is zero: integers read as floats at a wrong offset are denormals, not zeros."""
+    assert measure_values("t", np.full(4, value, np.float32)).zeros == zeros
+
+
+def test_nothing_finite() -> None:
+    """A tensor of NaN has no minimum: every comparison with it fails."""
+    found = measure_values("t", np.full((2, 3), np.nan, np.float32), spot_rows=True)
+    assert (found.nans, found.l2, found.dead_rows) == (6, 0.0, 2)
+    assert np.isnan([found.minimum, found.maximum, found.mean, found.spread, found.spot_l2]).all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 64), (5, 0)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    """An empty tensor has a density of NaN, which no limit allows; from a file and from memory alike."""
+    for found in (measure(raw_of("F32", np.empty(shape, np.float32), shape)), measure_values("t", np.empty(shape))):
+        assert (found.count, found.l2) == (0, 0.0)
+        assert np.isnan(found.zero_percent)
+
+
+def test_scalar() -> None:
+    """A tensor without axes has one value."""
+    assert measure(raw_of("F32", np.float32(3.0), ())).l2 == 3.0
+
+
+def test_spot_rows_and_dead_rows() -> None:
+    """Rows floor(V p / 100) are measured, and rows without a norm are counted."""
+    values = np.ones((131, 4), np.float32)
+    values[13], values[65] = 0, 3
+    found = measure_values("e", values, spot_rows=True)
+    assert found.row_l2 == ((13, 0.0), (65, 6.0), (117, 2.0))
+    assert (found.dead_rows, found.spot_l2) == (1, 0.0)
+
+
+def test_rows_are_not_measured_unasked() -> None:
+    """Without spot rows there is no row norm to pass the gate with: it is NaN."""
+    found = measure_values("e", np.ones((131, 4), np.float32))
+    assert (found.row_l2, found.dead_rows) == ((), None)
+    assert np.isnan(found.spot_l2)
+
+
+@pytest.mark.parametrize("dtype", ["Q8_0", "Q4_0", "Q5_0"])
+def test_quantised_values_are_decoded(dtype: str) -> None:
+    """A quantised tensor is judged on what it decodes to, as the gguf package decodes it."""
+    values = np.random.default_rng(4).standard_normal((12, 64)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType[dtype]
+    stored = quants.quantize(values, kind)
+    assert agrees(measure(raw_of(dtype, stored, values.shape)), quants.dequantize(stored, kind))
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [("AprQ4", 36), ("AprQ8", 4 + 63)])
+def test_whole_tensor_layouts(dtype: str, nbytes: int) -> None:
+    """APR's own types have no rows to stream, an odd length included."""
+    data = np.full(nbytes, 0x11, np.uint8)
+    data[:4] = np.float32(0.5).reshape(1).view(np.uint8) if dtype == "AprQ8" else 0
+    data[[0, 1, 18, 19]] = np.frombuffer(np.array([1, 1], np.float16).tobytes(), np.uint8) if dtype == "AprQ4" else data[:4]
+    if dtype == "AprQ8":
+        data[18:20] = 0x11
+    assert measure(raw_of(dtype, data, (7, 9))).count == 63
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(("dtype", "size", "at"), [("Q8_0", 34, 0), ("AprQ4", 18, 0), ("Q4_K", 144, 2)])
+def test_a_broken_block_scale_is_counted(dtype: str, size: int, at: int, bad: float) -> None:
+    """A decoder may turn a NaN scale into zeros (AprQ4 does), so scales are looked at themselves."""
+    data = np.full(size, 1, np.uint8)
+    data[at : at + 2] = np.frombuffer(np.float16(bad).tobytes(), np.uint8)
+    assert measure(raw_of(dtype, data, (FORMATS[dtype].block_elements,))).nonfinite_scales == 1
+
+
+@pytest.mark.parametrize("dtype", ["TQ1_0", "TQ2_0"])
+def test_ternary_zeros_are_whole_blocks(dtype: str) -> None:
+    """A ternary matrix of mostly zero codes is legal: only blocks of nothing but zeros count."""
+    values = np.zeros((2, 512), np.float32)
+    values[0, ::9] = 1.0
+    stored = quants.quantize(values, gguf.GGMLQuantizationType[dtype])
+    assert measure(raw_of(dtype, stored, values.shape)).zeros == 512
+
+
+def test_fast_enough() -> None:
+    """A tenth of the 150 million BF16 weights per second that the gate needs: a slip into float64 or Python goes red."""
+    stored = np.random.default_rng(5).integers(0x3C00, 0x3D00, (2048, 2048), dtype=np.uint16)
+    raw = raw_of("BF16", stored, stored.shape)
+    start = time.process_time()
+    measure(raw, spot_rows=True)
+    assert time.process_time() - start < stored.size / 15e6

@@ -1,0 +1,185 @@
+"""open_checkpoint: what a path may be, and what an opened checkpoint promises."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apr_core.errors import FormatError, NotFound, ReadWriteError, UsageError
+from apr_core.formats.checkpoint import map_file, open_checkpoint
+from tests.attacks.build import VALID, VALID_APR, VALID_GGUF, VALID_SAFETENSORS
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.apr", "model.txt", "weights"])
+@pytest.mark.parametrize("kind", VALID)
+def test_recognised_by_magic(kind: str, name: str, tmp_path: Path) -> None:
+    """The extension decides nothing."""
+    (tmp_path / name).write_bytes(VALID[kind])
+    with open_checkpoint(tmp_path / name) as checkpoint:
+        assert checkpoint.format == kind
+        assert checkpoint.files == (tmp_path / name,)
+        assert checkpoint.folder == tmp_path
+
+
+@pytest.mark.parametrize("path", ["absent", "absent/model.gguf", "file/model.gguf"])
+def test_missing(path: str, tmp_path: Path) -> None:
+    """A path that leads nowhere is exit 3."""
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(NotFound, match="check the path"):
+        open_checkpoint(tmp_path / path)
+    with pytest.raises(NotFound):
+        map_file(tmp_path / path)
+
+
+@pytest.mark.parametrize("path", ["nul\0byte", "n" * 5000])
+def test_impossible_path(path: str, tmp_path: Path) -> None:
+    """A path that the operating system cannot hold is exit 7, not a traceback."""
+    with pytest.raises(ReadWriteError):
+        open_checkpoint(tmp_path / path)
+
+
+def test_pipe_does_not_hang(tmp_path: Path) -> None:
+    """A named pipe is refused instead of waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FormatError, match="a regular file"):
+        open_checkpoint(tmp_path / "pipe")
+
+
+def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operating system refuses is a ReadWriteError (root ignores permissions, so the refusal is planted)."""
+    path = tmp_path / "model"
+    path.write_bytes(VALID_GGUF)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ReadWriteError, match="Permission denied"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        ({"model.safetensors": VALID_SAFETENSORS, "config.json": b"{}"}, "model.safetensors"),
+        ({"a.gguf": VALID_GGUF, "readme.md": b"x", ".hidden.gguf": b"x"}, "a.gguf"),
+        ({"a.apr": VALID_APR}, "a.apr"),
+        ({"other.safetensors": VALID_SAFETENSORS}, "other.safetensors"),
+    ],
+)
+def test_folder_with_one_model(files: dict[str, bytes], chosen: str, tmp_path: Path) -> None:
+    """A folder stands for the one model in it."""
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with open_checkpoint(str(tmp_path)) as checkpoint:
+        assert checkpoint.path == tmp_path / chosen
+
+
+def test_folder_with_several_models(tmp_path: Path) -> None:
+    """Several candidates are listed, none is picked; a stray file beside shards (F3) is such a case."""
+    for name in ("model.safetensors", "model.safetensors.index.json", "b.gguf"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"3 models: b\.gguf, model\.safetensors, model\.safetensors\.index\.json"):
+        open_checkpoint(tmp_path)
+
+
+def test_folder_without_model(tmp_path: Path) -> None:
+    """An empty folder is exit 3; pickles in it are named but not touched."""
+    with pytest.raises(NotFound, match=r"no model\.safetensors"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(NotFound, match=r"only pytorch_model\.bin, which can run code"):
+        open_checkpoint(tmp_path)
+
+
+def test_hub_cache_layout(tmp_path: Path) -> None:
+    """Companions are looked for beside the link of a hub cache, not beside the blob."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_bytes(VALID_SAFETENSORS)
+    snapshot = tmp_path / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
+    (snapshot / "config.json").write_text('{"hidden_size": 7}')
+    for path in (snapshot, snapshot / "model.safetensors"):
+        with open_checkpoint(path) as checkpoint:
+            assert checkpoint.config == {"hidden_size": 7}
+            assert checkpoint.folder == snapshot
+
+
+def test_config_is_optional_but_strict(tmp_path: Path) -> None:
+    """No config.json means None; a broken one is named; one that cannot be read is exit 7."""
+    (tmp_path / "model.safetensors").write_bytes(VALID_SAFETENSORS)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.config is None
+    (tmp_path / "config.json").write_text('{"hidden_size": 1, "hidden_size": 2}')
+    with pytest.raises(FormatError, match=r"'hidden_size' twice, in .*config\.json"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ReadWriteError, match=r"config\.json"):
+        open_checkpoint(tmp_path)
+
+
+def test_raw_is_a_read_only_view(tmp_path: Path) -> None:
+    """Bytes come uncopied and cannot be written by accident."""
+    (tmp_path / "m").write_bytes(VALID_SAFETENSORS)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    raw = checkpoint.raw("a")
+    assert raw.data.tobytes() == np.array([1, -2], "<f4").tobytes()
+    assert (raw.data.dtype, raw.data.ndim, raw.data.flags.owndata) == (np.uint8, 1, False)
+    with pytest.raises(ValueError, match="read-only"):
+        raw.data[0] = 1
+    checkpoint.close()
+    assert raw.data[3] == 0x3F  # what was handed out outlives the checkpoint
+    with pytest.raises(UsageError, match="closed"):
+        checkpoint.raw("a")
+    with pytest.raises(UsageError, match="closed"):
+        _ = checkpoint.content_hash
+
+
+def test_writing_through_the_mapping_stays_private(tmp_path: Path) -> None:
+    """Even a forced write reaches neither the file nor a second mapping of it."""
+    path = tmp_path / "m"
+    path.write_bytes(VALID_SAFETENSORS)
+    with open_checkpoint(path) as first, open_checkpoint(path) as second:
+        data = first.raw("a").data
+        data.flags.writeable = True
+        data[:] = 0
+        assert second.raw("a").data.tobytes() == np.array([1, -2], "<f4").tobytes()
+    assert path.read_bytes() == VALID_SAFETENSORS
+
+
+def test_unknown_tensor(tmp_path: Path) -> None:
+    """Asking for a tensor that is not there says so."""
+    (tmp_path / "m").write_bytes(VALID_SAFETENSORS)
+    with open_checkpoint(tmp_path / "m") as checkpoint, pytest.raises(UsageError, match="no tensor 'z'"):
+        checkpoint.raw("z")
+
+
+def test_content_hash(tmp_path: Path) -> None:
+    """The hash of one file is its sha256, of shards that of their concatenation in order."""
+    (tmp_path / "m").write_bytes(VALID_GGUF)
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        assert checkpoint.content_hash == hashlib.sha256(VALID_GGUF).hexdigest()
+        assert "gguf, 2 tensors" in repr(checkpoint)
+    from tests.attacks.build import entry, safetensors
+
+    parts = {f"{i}.st": safetensors({name: entry()}, bytes([i]) * 8) for i, name in enumerate("ab")}
+    for name, data in parts.items():
+        (tmp_path / name).write_bytes(data)
+    index = tmp_path / "i.json"
+    index.write_text(json.dumps({"weight_map": {"a": "0.st", "b": "1.st"}}))
+    with open_checkpoint(index) as checkpoint:
+        assert checkpoint.content_hash == hashlib.sha256(parts["0.st"] + parts["1.st"]).hexdigest()
+
+
+def test_tensors_cannot_be_assigned(tmp_path: Path) -> None:
+    """The table of tensors is a read-only mapping."""
+    (tmp_path / "m").write_bytes(VALID_SAFETENSORS)
+    with open_checkpoint(tmp_path / "m") as checkpoint, pytest.raises(TypeError):
+        checkpoint.tensors["a"] = None  # type: ignore[index]
