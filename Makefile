@@ -21,7 +21,7 @@ layers:  ## import-linter
 	$(PY)lint-imports
 
 test:  ## unit tests with branch coverage
-	$(PY)pytest -q -m "not slow" --cov
+	$(PY)pytest -q -m "not slow and not browser" --cov
 
 attacks:  ## hostile files
 	$(PY)pytest -q tests/attacks
@@ -45,7 +45,10 @@ slow:  ## minutes of work that CI has no time for
 bench-reference:  ## tokens per second of the reference against the machine's ceiling
 	$(PY)python benchmarks/bench_reference.py
 
+test-browser:  ## the last report and the notebooks in a real browser
+	$(PY)pytest -q -m browser tests/browser
+
 clean:  ## caches
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
-.PHONY: help setup fmt lint types layers test attacks notebooks report size check slow bench-reference clean
+.PHONY: help setup fmt lint types layers test attacks notebooks report size check slow bench-reference test-browser clean

@@ -1,4 +1,4 @@
-"""``python -m apr_core``: the same as ``apr``."""
+"""``python -m apr_core``: the same as ``apr``, for scripts that choose their own Python."""
 
 from __future__ import annotations
 

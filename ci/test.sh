@@ -17,6 +17,6 @@ part ruff ruff check .
 part format ruff format --check .
 part mypy mypy
 part layers lint-imports
-part pytest pytest -q -m "not slow" --ignore=tests/attacks --cov --cov-report=term:skip-covered
+part pytest pytest -q -m "not slow and not browser" --ignore=tests/attacks --cov --cov-report=term:skip-covered
 part attacks pytest -q tests/attacks
 part nbval pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 240 -p no:cacheprovider notebooks

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from apr_core.contract.layout import EMBEDDING, HEAD, Geometry
 from apr_core.dtypes import QuantFormat
 from apr_core.formats.checkpoint import TensorInfo
 
-# Far beyond any cache: a larger buffer reads no faster, and a model of 7 billion parameters must not need its size twice.
+# Far beyond any cache: a larger buffer reads no faster, and a large model must not need its size twice.
 LARGEST_BUFFER = 1 << 29
 # A sample of less than this is mostly the cost of starting threads.
 _SHORTEST_S = 0.002
@@ -152,13 +152,17 @@ class Bandwidth:
 
     def sample(self) -> None:
         """Read the buffer by a matrix-vector product and by a sum, and keep the rate of each."""
-        for read in (lambda: self._matrix @ self._vector, self._matrix.sum):
+        self._time(lambda: self._matrix @ self._vector)
+        self._time(self._matrix.sum)
+
+    def _time(self, read: Callable[[], object]) -> None:
+        read()
+        passes, elapsed, start = 0, 0.0, time.perf_counter_ns()
+        while elapsed < _SHORTEST_S:
             read()
-            passes, start = 0, time.perf_counter_ns()
-            while (elapsed := (time.perf_counter_ns() - start) * 1e-9) < _SHORTEST_S or not passes:
-                read()
-                passes += 1
-            self.samples.append(passes * self._matrix.nbytes / elapsed / 1e9)
+            passes += 1
+            elapsed = (time.perf_counter_ns() - start) * 1e-9
+        self.samples.append(passes * self._matrix.nbytes / elapsed / 1e9)
 
     def roofline(self) -> Roofline:
         """Return what was measured so far."""

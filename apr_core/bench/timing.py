@@ -218,7 +218,7 @@ def clock_tick_s(clock: Clock = time.perf_counter_ns) -> float:
 def _decode_once(
     model: TracedForward, prepared: PreparedTokens, max_new_tokens: int, delay_s: float, clock: Clock
 ) -> tuple[float, list[float], tuple[int, ...]]:
-    """Return the seconds to the first token, those of each step, and the tokens; each sample ends with its token known."""
+    """Return the seconds to the first token, those of each step, and the tokens; a sample ends with its token known."""
     cache = model.new_cache()
     start = clock()
     token = int(model.forward(prepared.ids, cache)[-1].argmax())

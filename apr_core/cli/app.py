@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminated)
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        return int(app(args=arguments, prog_name="apr", standalone_mode=False) or 0)
+        code = int(app(args=arguments, prog_name="apr", standalone_mode=False) or 0)
+        # newer typer turns Ctrl-C into this code without a word, older into Abort
+        return _say("interrupted", INTERRUPTED, []) if code == INTERRUPTED else code
     except AprError as error:
         return _say(str(error), error.exit_code, arguments)
     except (typer.Abort, KeyboardInterrupt):

@@ -29,19 +29,21 @@ def examine(model: str, *, reference: str = "", device: str = "auto", skip_contr
         skip_contract: Go on with a refused model; nothing can then be corroborated.
 
     Returns:
-        model, refusal, bypassed, verdict, gates (id, title, verdict, reason, measured, unit, limit, compared,
-        expected, detail, seconds), gates_executed, gates_not_run, summary.
+        model, refusal, bypassed, verdict, gates (id, title, verdict, reason, hole, metric, measured, unit, limit,
+        compared, expected, detail, seconds), gates_executed, gates_not_run, summary. A hole is a claim that was not run
+        although the person asked for what it lacks.
 
     Raises:
         AprError: The model or the reference cannot be opened.
     """
     subject = obtain(model, reference=reference, device=device, skip_contract=skip_contract)
+    asked = frozenset({"cuda"} & {device} | ({"reference"} if reference else set()))
     try:
         gates = []
         for notebook, room in ROOMS.items():
             import_module(f"apr_core.{room}.acts")
             for claim in claims_of(notebook):
-                gates.append(_attempt(claim, subject))
+                gates.append(_attempt(claim, subject, asked))
                 note(f"{claim.id} {gates[-1]['verdict']}")
     finally:
         subject.close()
@@ -58,7 +60,7 @@ def examine(model: str, *, reference: str = "", device: str = "auto", skip_contr
     }
 
 
-def _attempt(claim: Claim, subject: Subject) -> dict[str, Any]:
+def _attempt(claim: Claim, subject: Subject, asked: frozenset[str]) -> dict[str, Any]:
     """Measure and judge one claim; a measurement that fails decides nothing, and says why."""
     started = time.monotonic()
     try:
@@ -71,6 +73,7 @@ def _attempt(claim: Claim, subject: Subject) -> dict[str, Any]:
         "title": claim.title,
         "verdict": str(verdict),
         "reason": reason,
+        "hole": finding.not_run is not None and claim.required(finding.not_run, asked),
         "metric": claim.metric,
         "measured": finding.value,
         "unit": claim.unit,
@@ -87,7 +90,7 @@ def _overall(gates: list[dict[str, Any]]) -> Verdict:
     found = {g["verdict"] for g in gates}
     if Verdict.FALSIFIED in found:
         return Verdict.FALSIFIED
-    if Verdict.INCONCLUSIVE in found or found <= {Verdict.NOT_RUN}:
+    if Verdict.INCONCLUSIVE in found or found <= {Verdict.NOT_RUN} or any(g["hole"] for g in gates):
         return Verdict.INCONCLUSIVE
     return Verdict.CORROBORATED
 

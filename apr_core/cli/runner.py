@@ -19,8 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from apr_core.report.page import NotebookStatus
-
 from apr_core import provenance
 from apr_core.engines.subject import DEVICES, ROOT, resolve_model
 from apr_core.errors import AprError, LoadError, NotFound, ReadWriteError, UsageError
@@ -28,6 +26,7 @@ from apr_core.falsify.claims import NOTEBOOKS, load_claims
 from apr_core.falsify.evidence import SubjectRecord
 from apr_core.falsify.rounds import Conclusion, conclude, declare
 from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
+from apr_core.report.page import NotebookStatus
 
 OWN = ("model", "reference", "device", "out_dir")  # set by options; -p may not contradict them
 METADATA_CUT = 200
@@ -428,9 +427,8 @@ def _declare_also(folder: Path, gates: Sequence[str]) -> None:
 
 
 def _write_reports(order: Order, status: dict[str, NotebookStatus]) -> Conclusion:
-    from apr_core.report.page import write_index
-
     from apr_core.report.junit import write_junit
+    from apr_core.report.page import write_index
     from apr_core.report.summary import write_summary
 
     for name in list(status):

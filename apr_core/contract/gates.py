@@ -185,11 +185,8 @@ def _number(measured: float, limit: float, unit: str) -> str:
     """Write a number so that it can be told from the limit that it broke: never `80.0 % zeros, at most 80 %`."""
     if unit != "%" or isnan(measured):
         return f"{measured:.10g}"
-    for digits in range(1, 15):
-        text = f"{measured:.{digits}f}"
-        if float(text) != limit:
-            return text
-    return repr(measured)
+    texts = (f"{measured:.{digits}f}" for digits in range(1, 15))
+    return next((text for text in texts if float(text) != limit), repr(measured))
 
 
 def _nonfinite_detail(stats: TensorStats) -> str:
@@ -351,7 +348,7 @@ def _stated(config: Mapping[str, object], key: str) -> float | None:
     if value is None:
         return None
     try:
-        return nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+        return float(value) if isinstance(value, int | float) else nan
     except OverflowError:
         return nan
 

@@ -30,8 +30,6 @@ _SYMMETRIC = {"Q4_0": (8, 8), "Q5_0": (16, 16), "Q8_0": (127, 127), "AprQ4": (7,
 _AFFINE = {"Q4_1": 15, "Q5_1": 31}
 # Super-blocks of 256: values per sub-block, largest code, largest integer scale, with a minimum or without.
 _SUPER = {
-    "Q2_K": (16, 3, 15, True),
-    "Q3_K": (16, 4, 32, False),
     "Q4_K": (32, 15, 63, True),
     "Q5_K": (32, 31, 63, True),
     "Q6_K": (16, 32, 127, False),
@@ -44,11 +42,12 @@ def step_bound(reference: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np
 
     F32, F64: 0. F16, BF16, F8: half a unit in the last place, subnormals included; infinite where the type overflows.
     Q8_0, Q4_1, Q5_1: half a step, plus what rounding the scale to float16 moves the largest code.
+    AprQ8: half a step of the whole tensor.
     Q4_0, Q5_0, AprQ4: one step, since the end opposite to the largest magnitude is clipped.
-    K-quants: one step of the sub-block (half for rounding, half for the encoder's search, which may clip the ends to
-    fit the middle better), plus the rounding of its scale and minimum to the super-block's integer grid. Measured on
-    oracle/mini as written by llama.cpp: the worst element reaches 0.78 of this bound in Q4_K and 0.62 in Q6_K, the
-    median one 0.16 and 0.17.
+    Q4_K, Q5_K, Q6_K: one step of the sub-block (half for rounding, half for the encoder's search, which may clip the
+    ends to fit the middle better), plus the rounding of its scale and minimum to the super-block's integer grid.
+    Measured on oracle/mini as written by llama.cpp: the worst element reaches 0.78 of this bound in Q4_K and 0.62 in
+    Q6_K, the median one 0.16 and 0.17. Q5_K has no file to measure; its encoder is that of Q4_K with one bit more.
 
     Args:
         reference: The values before encoding, float32, of the tensor's shape.

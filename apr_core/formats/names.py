@@ -122,7 +122,7 @@ def config_from_gguf(metadata: Mapping[str, object], tensors: Iterable[TensorInf
     """
     Translate GGUF keys to a Hugging Face configuration.
 
-    ``vocab_size`` is the architecture's key, else the number of tokens, else the rows of the embedding.
+    ``vocab_size`` is the architecture's key, else the rows of the embedding, else the number of tokens.
     A float32 value is read as the shortest decimal that names it: 1e-06, not 9.999999974752427e-07.
     Keys that are missing stay missing: a guessed rope_theta is a broken model.
 
@@ -163,14 +163,12 @@ def _vocab_size(metadata: Mapping[str, object], architecture: str, tensors: Mapp
     stated = metadata.get(f"{architecture}.vocab_size")
     if stated is not None:
         return stated
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is not None and embedding.shape:
+        return embedding.shape[0]  # before the tokens: a padded embedding has more rows than there are tokens
     measure = getattr(metadata, "array_length", None)
     tokens = measure("tokenizer.ggml.tokens") if measure else metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, int):
-        return tokens
-    if isinstance(tokens, list):
-        return len(tokens)
-    embedding = tensors.get("model.embed_tokens.weight")
-    return embedding.shape[0] if embedding is not None else None
+    return len(tokens) if isinstance(tokens, list) else tokens
 
 
 def _shortest(value: object) -> object:

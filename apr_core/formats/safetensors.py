@@ -15,7 +15,7 @@ from apr_core.dtypes import BY_SAFETENSORS
 from apr_core.errors import FormatError, NotFound, ReadWriteError, UsageError
 from apr_core.formats.checkpoint import Contents, MappedFile, TensorInfo, TensorSource, map_file
 from apr_core.formats.sink import refuse_type, replacing, require_unique
-from apr_core.formats.sniff import MAX_SAFETENSORS_HEADER
+from apr_core.formats.sniff import MAX_SAFETENSORS_HEADER, sniff
 from apr_core.formats.spans import find_gaps, require_extent
 from apr_core.formats.strict_json import parse_object
 
@@ -98,13 +98,19 @@ def _safe_shard(shard: object, name: str, index: Path) -> str:
 
 
 def _map_shard(index: Path, shard: str, which: str) -> MappedFile:
-    """Map a shard, naming it when it is missing."""
+    """Map a shard, naming it when it is missing, or what it is instead (an LFS pointer among good shards)."""
     try:
-        return map_file(index.parent / shard)
+        file = map_file(index.parent / shard)
     except NotFound as error:
         raise FormatError(
             expected=f"{which}, {shard}", found="no such file", file=index, advice="download the missing shard"
         ) from error
+    container = sniff(file)
+    if container != "safetensors":
+        raise FormatError(
+            expected="a SafeTensors shard", found=f"{container} data", file=file.path, at=0, advice=_FRESH
+        )
+    return file
 
 
 def _require_same_names(planned: set[str], found: Sequence[TensorInfo], index: Path, shard: str) -> None:

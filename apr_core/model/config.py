@@ -28,7 +28,7 @@ _IGNORED = frozenset(
         "pad_token_id", "quantization_config", "return_dict", "rope_parameters", "rope_scaling", "sliding_window",
         "torch_dtype", "transformers_version", "use_cache", "use_mrope", "use_sliding_window",
     )
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

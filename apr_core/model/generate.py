@@ -187,9 +187,7 @@ class Sampler:
             raise UsageError(f"expected a repetition_penalty above 0, found {repetition_penalty}")
         self._temperature, self._top_k, self._top_p, self._penalty = temperature, top_k, top_p, repetition_penalty
 
-    def __call__(
-        self, scores: NDArray[np.float32], seen: NDArray[np.int64], random: np.random.Generator
-    ) -> int:
+    def __call__(self, scores: NDArray[np.float32], seen: NDArray[np.int64], random: np.random.Generator) -> int:
         """Return the next token id; ``seen`` are the ids so far."""
         penalised = scores.astype(np.float64)
         if self._penalty != 1.0:
@@ -198,8 +196,9 @@ class Sampler:
             penalised[seen] = np.where(chosen > 0, chosen / self._penalty, chosen * self._penalty)
         if self._temperature == 0:
             return int(penalised.argmax())
-        # Shifted before the division: a tiny temperature would turn large logits into infinities.
-        scaled = (penalised - penalised.max()) / self._temperature
+        # Shifted first, so that a tiny temperature sends all but the largest to minus infinity, never to NaN.
+        with np.errstate(over="ignore"):
+            scaled = (penalised - penalised.max()) / self._temperature
         order = np.argsort(-scaled, kind="stable")[: self._top_k]
         weights = np.exp(scaled[order])
         cumulative = np.cumsum(weights / weights.sum())

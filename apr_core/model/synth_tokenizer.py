@@ -9,6 +9,7 @@ consonant-vowel syllables: no syllable starts where another ends, so every token
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from apr_core.errors import UsageError
@@ -31,6 +32,7 @@ TEMPLATE = (
 )
 _SPACE = "Ġ"  # how GPT-2 writes the byte 0x20
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
+_MOST = 256 + 2 * 105 + 2 * 105**2 + 105**3  # bytes, and words of the 105 syllables as `_merges` builds them
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of GGUF
 
 
@@ -73,15 +75,13 @@ def generate_tokenizer(base: int, control: int, *, context: int) -> tuple[dict[s
     Raises:
         UsageError: More tokens than there are words (about 1.1 million), or fewer than 256.
     """
+    if not 256 <= base <= _MOST or not 3 <= control <= len(CONTROL_TOKENS):
+        raise UsageError(f"cannot make a vocabulary of {base} tokens and {control} control tokens")
     vocabulary = {token: i for i, token in enumerate(byte_tokens())}
     merges: list[list[str]] = []
-    for left, right in _merges():
-        if len(vocabulary) >= base:
-            break
+    for left, right in islice(_merges(), base - len(vocabulary)):
         vocabulary[left + right] = len(vocabulary)
         merges.append([left, right])
-    if len(vocabulary) != base or not 3 <= control <= len(CONTROL_TOKENS):
-        raise UsageError(f"cannot make a vocabulary of {base} tokens and {control} control tokens")
     added = [_added(base + i, token) for i, token in enumerate(CONTROL_TOKENS[:control])]
     tokenizer = {
         "version": "1.0",

@@ -38,6 +38,7 @@ MAX_SECONDS = 5.0
 _FUEL = 1 << 24  # characters and list items that may come to be, over the whole rendering
 _FUEL_PER_INPUT = 64  # more of the same for each character of the messages
 _FUEL_PER_TURN = 16  # the price of one step that makes nothing
+_PER_ITEM = 32
 _MAX_ARGUMENT = 100_000  # of an integer handed to a call or a filter (widths, counts)
 _MAX_INTEGER_BITS = 4096
 
@@ -221,7 +222,11 @@ def _finalize(context: Context, value: object) -> object:
 
 
 def _weigh(value: object, limit: int) -> int:
-    """Count characters and items of nested plain values, shared ones as often as they occur; stop above ``limit``."""
+    """
+    Measure nested plain values in characters, shared ones as often as they occur; stop above ``limit``.
+
+    An item of a list or a mapping counts as ``_PER_ITEM``: what is costly about a million items is to look at them.
+    """
     weight, stack = 0, [value]
     while stack and weight <= limit:
         item = stack.pop()
@@ -230,12 +235,12 @@ def _weigh(value: object, limit: int) -> int:
         elif isinstance(item, int):
             weight += item.bit_length() // 8
         elif isinstance(item, Mapping):
-            weight += len(item)
+            weight += _PER_ITEM * len(item)
             stack += (*item.keys(), *item.values())
         elif isinstance(item, Namespace):
             stack.append(object.__getattribute__(item, "_Namespace__attrs"))
         elif isinstance(item, list | tuple | set | frozenset):
-            weight += len(item)
+            weight += _PER_ITEM * len(item)
             stack += item
     return weight
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEXT_CHARS = 1 << 23
 _PRIVATE_USE = range(0xE000, 0xF900)
+_ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
 _BARS = "|｜"  # the second one is full width: some Qwen2 derivatives write their control tokens with it
 _KEY = object()
 
@@ -239,22 +240,23 @@ def _through_template(tokenizer: Tokenizer, messages: object) -> tuple[str, list
     from apr_core.model.template import render
 
     conversation = _Conversation.check(messages)
-    hidden = conversation.hide(set(tokenizer.chat_template))
+    hidden = conversation.hide(tokenizer.chat_template)
     variables = {**tokenizer.template_variables, "messages": hidden.messages, "add_generation_prompt": True}
     rendering = render(tokenizer.chat_template, {**variables, "tools": None, "documents": None})
-    # A template may ask for ASCII-only JSON; then the stand-in arrives as an escape.
+    # A template may ask for ASCII-only JSON; then a stand-in arrives as an escape. It must not become a bar before the
+    # rendering is split, or content would write control tokens after all.
     for stand_in, bar in hidden.bars.items():
-        rendering = rendering.replace(f"\\u{ord(stand_in):04x}", bar if bar == "|" else f"\\u{ord(bar):04x}")
+        rendering = rendering.replace(_escape(stand_in), stand_in if bar.isascii() else _escape(bar))
     ids = tokenizer.encode_rendering(rendering, hidden.bars)
     return rendering.translate(_table(hidden.bars)), ids
 
 
 @dataclass(frozen=True)
 class _Conversation:
-    """Checked messages: plain values, owned; and what stands for their bars while a template runs."""
+    """Checked messages: plain values, owned; all their text; and what stands for their bars while a template runs."""
 
     messages: list[Any]
-    characters: frozenset[str]
+    text: str
     bars: Mapping[str, str]
 
     @classmethod
@@ -273,37 +275,42 @@ class _Conversation:
                     f"expected a role of {', '.join(ROLES)} in message {at}, found {message['role']!r:.80}",
                     advice="a template would drop this message in silence",
                 )
-        characters: set[str] = set()
-        return cls(_plain(messages, characters), frozenset(characters), {})
+        leaves: list[str] = []
+        return cls(_plain(messages, leaves), "".join(leaves), {})
 
-    def hide(self, taken: set[str]) -> Self:
-        """Replace every bar by a private-use character that occurs neither in the messages nor in ``taken``."""
-        free = (c for c in map(chr, _PRIVATE_USE) if c not in self.characters and c not in taken)
+    def hide(self, template: str) -> Self:
+        """Replace every bar by a private-use character that neither the messages nor ``template`` use, or escape."""
+        taken = {*self.text, *template, *(chr(int(digits, 16)) for digits in _ESCAPE.findall(self.text + template))}
+        free = (c for c in map(chr, _PRIVATE_USE) if c not in taken)
         stand_ins = dict(zip(_BARS, free, strict=False))
         if len(stand_ins) < len(_BARS):
             raise UsageError("the messages use every private-use character", advice="remove some")
         table = _table(stand_ins)
         hidden = _translated(self.messages, table)
-        return type(self)(hidden, self.characters, {c: bar for bar, c in stand_ins.items()})
+        return type(self)(hidden, self.text, {c: bar for bar, c in stand_ins.items()})
 
 
-def _plain(value: object, characters: set[str], depth: int = 0) -> Any:
-    """Copy nested plain values, collecting every character that occurs."""
+def _plain(value: object, leaves: list[str], depth: int = 0) -> Any:
+    """Copy nested plain values, collecting every text that occurs."""
     if depth > 64:
         raise UsageError("the messages are nested more than 64 deep", advice="flatten them")
     if isinstance(value, str):
         text = _require_text(value, "a message")
-        characters.update(text)
+        leaves.append(text)
         return text
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise UsageError("expected string keys in a message", advice="messages are JSON")
-        return {_plain(k, characters, depth + 1): _plain(v, characters, depth + 1) for k, v in value.items()}
+        return {_plain(k, leaves, depth + 1): _plain(v, leaves, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, characters, depth + 1) for item in value]
+        return [_plain(item, leaves, depth + 1) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return value
     raise UsageError(f"expected text, numbers, lists and objects in a message, found {type(value).__name__}")
+
+
+def _escape(character: str) -> str:
+    return f"\\u{ord(character):04x}"
 
 
 def _table(replacements: Mapping[str, str]) -> dict[int, str]:

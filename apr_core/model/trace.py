@@ -105,9 +105,7 @@ class TracedForward(Protocol):
         """Return an empty cache for this model."""
         ...
 
-    def forward(
-        self, ids: NDArray[np.int64], cache: Any = None, trace: Trace | None = None
-    ) -> NDArray[np.float32]:
+    def forward(self, ids: NDArray[np.int64], cache: Any = None, trace: Trace | None = None) -> NDArray[np.float32]:
         """
         Return the logits, float32 [tokens, vocab_size], of ``ids`` int64 [tokens].
 

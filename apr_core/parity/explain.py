@@ -85,11 +85,11 @@ def why_rel_l2(report: ParityReport, limit: float) -> Whys:
     broken = sum(not n.required_tolerance <= limit for n in report.names.values())
     worst = max(report.names.values(), key=lambda n: n.required_tolerance)
     zero = "beyond it" if beyond[0] else "within it, where RoPE is the identity and attention sees one key"
-    cosine = float(parity.cosine[first.position])
+    direction = _direction(float(parity.cosine[first.position]), first.rel_l2)
     return [
         ("Where does it first differ?", str(first)),
         ("At every position?", f"{beyond.sum()} of {beyond.size} positions of {first.name}; position 0 is {zero}"),
-        ("A wrong size or a wrong direction?", f"cosine {cosine:.6f} there: {_direction(cosine)}"),
+        ("A wrong size or a wrong direction?", direction),
         ("Does it spread?", f"{broken} of {len(report.names)} names are beyond the limit"),
         ("Which limit would hold?", f"{report.required_tolerance:.2g}, for {worst.name} at position {worst.worst}"),
     ]
@@ -135,7 +135,9 @@ def budget_rows(found: ParityReport, copy: ParityReport) -> list[Row]:
     ]
 
 
-def _direction(cosine: float) -> str:
-    if not math.isfinite(cosine):
+def _direction(cosine: float, rel_l2: float) -> str:
+    """Tell a scale from anything else: a difference across the reference costs the cosine half its square."""
+    if not (math.isfinite(cosine) and math.isfinite(rel_l2)):
         return "not a number"
-    return "the same direction, so a scale" if cosine > 1 - 1e-6 else "another direction"
+    along = 1 - cosine < 0.05 * rel_l2**2 / 2
+    return f"cosine {cosine:.9f} there: {'the same direction, so a scale' if along else 'another direction'}"

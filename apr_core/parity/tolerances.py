@@ -33,6 +33,9 @@ SIGMAS = 4.0
 # Margin in nat below which a flip of a quantised model is a near-tie (peers.md E5).
 QUANTISED_TAU = 0.05
 
+# A float32 forward lands within 14 times the conditioning of its model, over five orders of magnitude (decision 0003).
+AMPLIFIED = 32.0
+
 # Root mean square error over the root mean square of the weights. F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1: the gguf
 # package on normal variates. Q6_K, Q4_K: llama.cpp's own files of oracle/mini; 22 and 19 tensors agree within 1.5 %.
 _MEASURED = {
@@ -75,13 +78,12 @@ def rounding_error(dtype: QuantFormat, values: F32 | None = None) -> float:
     return 2.0 * math.pow(2.0, -dtype.bits_per_weight)
 
 
-def noisy(values: F32, dtype: QuantFormat, generator: np.random.Generator) -> F32:
+def noisy(values: F32, error: float, generator: np.random.Generator) -> F32:
     """
-    Return the values with normal noise of the type's size, relative to each row's root mean square.
+    Return the values with normal noise of ``error`` times the root mean square of each row.
 
     Rows and not tensors, because blocks lie in rows: a quiet row is rounded finely beside a loud one.
     """
-    error = rounding_error(dtype, values)
     if error == 0.0:
         return values
     rms = np.sqrt(np.mean(np.square(values, dtype=np.float32), axis=-1, keepdims=True, dtype=np.float64))
@@ -124,5 +126,16 @@ def decisive_margin(logits: Array, limit: float) -> F64:
 
 
 def forward_limit() -> float:
-    """The limit on rel_l2 between two float32 forwards of the same weights, as F-PAR-001 has it."""
+    """Limit on rel_l2 between two forwards of the same weights, as F-PAR-001 has it."""
     return load_claims()["F-PAR-001"].threshold
+
+
+def conditioned_limit(conditioning: float) -> Tolerance:
+    """
+    Limit on rel_l2 below which a float32 forward of this model cannot be told from a wrong one.
+
+    Args:
+        conditioning: How far the exact answer moves, in rel_l2, when each weight moves by one float32 rounding.
+    """
+    limit = max(forward_limit(), AMPLIFIED * conditioning)
+    return Tolerance(limit, f"{AMPLIFIED:g} x what one float32 rounding of each weight does in float64 (decision 0003)")

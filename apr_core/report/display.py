@@ -103,7 +103,7 @@ def show_claims(round_: Round) -> Shown:
                 "measured": quantity(e.measured["value"], claim.unit) if e else "–",
                 "limit": limit_of(claim.as_json()),
                 "compared": f"{e.coverage['compared']} of {e.coverage['expected']}" if e else "–",
-                "reason": e.reason if e else "",
+                **({"reason": e.reason} if e and e.reason else {}),
             }
         )
     whys = show_whys(round_) if round_.falsified() else Shown(Markup(""), "")
@@ -157,8 +157,9 @@ _NO_WHYS = (("Why?", "No experiment has been recorded for this claim."),)
 def _lines(lines: Sequence[str], rows: Sequence[Mapping[str, Any]] = (), whys: Sequence[tuple[str, str]] = ()) -> Shown:
     first, *rest = [clean(line, 1000) for line in lines]
     html = Markup("<p><strong>{}</strong></p>").format(esc(first))
-    html += Markup("").join(Markup("<p>{}</p>").format(esc(line)) for line in rest)
-    html += table([dict(r) for r in rows])
+    if rest:
+        html += Markup("<p>{}</p>").format(Markup("<br>").join(esc(line) for line in rest))
+    html += _scrolled(table([dict(r) for r in rows]), len(rows))
     if whys:
         html += Markup('<ol class="apr-whys">{}</ol>').format(
             Markup("").join(Markup("<li><strong>{}</strong> {}</li>").format(esc(q), esc(a)) for q, a in whys)
@@ -167,10 +168,23 @@ def _lines(lines: Sequence[str], rows: Sequence[Mapping[str, Any]] = (), whys: S
     return Shown(html, "\n".join([*text, *(f"  {i}. {clean(q)} {clean(a)}" for i, (q, a) in enumerate(whys, 1))]))
 
 
+def _scrolled(inner: Markup, rows: int) -> Markup:
+    """Keep a long table from pushing the argument off the screen; focusable, so that a keyboard can scroll it."""
+    if rows <= 14:
+        return inner
+    return Markup(
+        '<div class="apr-scroll" style="max-height:24rem;overflow:auto" tabindex="0" role="region" '
+        'aria-label="{} rows">{}</div>'
+    ).format(rows, inner)
+
+
 def _text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows in aligned columns, a cell never more than 40 characters wide."""
     names = list(dict.fromkeys(str(k) for r in rows for k in r))
-    cells = [names, *([clean(number(r.get(n)), 36).replace("\n", " ") for n in names] for r in rows)]
+    cells = [
+        [clean(n, 36).replace("\n", " ") for n in names],
+        *([clean(number(r.get(n)), 36).replace("\n", " ") for n in names] for r in rows),
+    ]
     wide = [max(len(line[i]) for line in cells) for i in range(len(names))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, wide, strict=True)).rstrip() for line in cells)
 

@@ -38,7 +38,7 @@ def export_html(notebook: Path, html: Path) -> None:
     try:
         source = notebook.read_bytes()
         book = nbformat.reads(source.decode("utf-8"), as_version=4)
-    except (OSError, ValueError, nbformat.validator.ValidationError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, nbformat.ValidationError) as error:
         raise FormatError(
             expected="a Jupyter notebook",
             found=f"{type(error).__name__}: {error}",

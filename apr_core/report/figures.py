@@ -10,22 +10,17 @@ from numpy.typing import NDArray
 
 from apr_core.falsify.finding import Finding
 from apr_core.report.material import (
-    ABSCISSAE,
+    NO_SERIES,
     Floats,
     Source,
-    beyond_limits,
-    ceiling_of,
-    is_timing,
+    by_position,
+    least_time,
     limits_of,
     material,
-    metric_keys,
-    names_of,
     places,
-    stored_limits,
-    tightest,
+    timings,
     traced,
-    unit_label,
-    y_label,
+    violations,
 )
 from apr_core.report.style import (
     BLUE,
@@ -51,46 +46,60 @@ Plot = Callable[[Source], "Figure | None"]
 
 MOST_POINTS = 500  # an SVG of more is slow to open; beyond it the extremes of each stretch are drawn
 
+# What the density, finiteness, variation and spot-row gates measure, and of what.
+_GATES = {
+    "F-DATA-QUALITY-001": ("zeros (%)", "tensor"),
+    "F-DATA-QUALITY-002": ("non-finite values (count)", "tensor"),
+    "F-DATA-QUALITY-003": ("L2 norm (weight units)", "tensor"),
+    "F-DATA-QUALITY-004": ("L2 norm (weight units)", "spot row"),
+}
+_UNITS = {"kl": "nat", "rel_l2": "ratio"}
+
 
 def plot_tensor_statistics(source: Source) -> Figure | None:
-    """One point per tensor against the gate's limit; tensors beyond it are named."""
+    """One point per tensor against the gate's limits; what the gate refused is crossed and named."""
     m = material(source)
-    found = m.series("value", "measured")
-    values = found[1] if found else m.column("measured")
-    limits = limits_of(m, len(values))
-    if not np.isfinite(values).any():
+    values = m.numbers("measured")
+    if values is None or not np.isfinite(values).any():
         return None
-    names = names_of(m, len(values))
-    beyond = beyond_limits(m, values, limits)
+    values, limits, refused = values.ravel(), limits_of(m), violations(m)
+    what, thing = _GATES.get(m.claim.id if m.claim else "", ("measured value", "tensor"))
     with style():
-        figure, ax = new_figure()
-        kept = decimate(values, beyond)
-        ax.plot(kept, values[kept], "o", ms=3.5, color=BLUE, label="tensor", zorder=3)
-        _draw_limit(ax, limits, "gate's limit")
-        scale_y(ax, values, tightest(limits))
-        where = np.flatnonzero(beyond)
-        if len(where):
-            ax.plot(where, values[where], "X", ms=8, color=VERMILLION, label="beyond the limit", zorder=4)
-            for i in where[:4]:
-                ax.annotate(label(names[i], 40), (i, values[i]), xytext=(4, 6), textcoords="offset points", fontsize=8)
-        _axes(ax, "tensor, in file order", y_label(m, "measured value"))
+        figure, ax = new_figure(3.3)
+        kept = decimate(values)
+        ax.plot(kept, values[kept], "o", ms=3.5, color=BLUE, label=thing, zorder=3)
+        for value in limits:
+            _draw_limit(ax, value, "gate's limit")
+        _cross(ax, values, refused)
+        zeros = scale_y(ax, values, limits, "are zero")
+        _axes(ax, f"{thing}, in file order", what)
         _whole_numbers(ax)
-        ax.legend(loc="best")
+        _legend(ax)
         return finish(
             figure,
-            alt=f"Dot plot: {len(values)} tensors, {_low(values)} to {_high(values)}, {len(where)} beyond the limit.",
-            caption="Were the claim false, at least one tensor would stand beyond the dashed limit, marked by a cross "
-            "and its name." + _not_finite(values) + _drawn(len(values), len(kept)),
+            alt=f"Dot plot: {what} of {len(values)} {thing}s, {_span(values)}{_said(limits)}; {len(refused)} refused.",
+            caption=f"Were the claim false, at least one {thing} would stand beyond a dashed limit, crossed and named."
+            f"{zeros}" + _not_drawn(values, len(kept)),
         )
 
 
+def _cross(ax: Axes, values: Floats, refused: Sequence[tuple[str, float]]) -> None:
+    """Cross the points that were refused and name the first four: more would cover each other."""
+    at = [(name, int(i)) for name, value in refused for i in np.flatnonzero(np.isclose(values, value, rtol=1e-6))[:1]]
+    if at:
+        where = np.array([i for _, i in at])
+        ax.plot(where, values[where], "X", ms=8, color=VERMILLION, label="refused", zorder=4)
+    for name, i in at[:4]:
+        ax.annotate(label(name, 40), (i, values[i]), xytext=(5, 6), textcoords="offset points", fontsize=8)
+
+
 def plot_layer_trace(source: Source) -> Figure | None:
-    """Difference per named activation, in the order of the forward pass, one line per operation."""
+    """Worst difference per named activation over the layers, one line per operation."""
     m = material(source)
     names, values = traced(m)
     if not np.isfinite(values).any():
         return None
-    limit = m.claim.threshold if m.claim else None
+    limits = limits_of(m)
     layers, operations, last = places(names)
     with style():
         figure, ax = new_figure(3.5)
@@ -103,164 +112,161 @@ def plot_layer_trace(source: Source) -> Figure | None:
                 ms=4,
                 lw=1.1,
                 color=COLOURS[i % len(COLOURS)],
-                label=label(operation, 24),
+                mfc=None if i < len(COLOURS) else PAPER,
+                label=label(operation, 14) if i < 14 else None,
             )
-        _draw_limit(ax, np.array([] if limit is None else [limit]), "limit")
-        zeros = scale_y(ax, values, limit)
-        _axes(ax, "layer", y_label(m, "rel_l2 (ratio)"))
+        for value in limits:
+            _draw_limit(ax, value, "limit")
+        zeros = scale_y(ax, values, limits)
+        _axes(ax, "layer", "rel_l2 (ratio)")
         _layer_ticks(ax, last)
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        worst = int(np.nanargmax(values))
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.03))
+        worst = int(np.nanargmax(np.where(np.isfinite(values), values, -np.inf)))
         return finish(
             figure,
             alt=f"Line chart of {len(names)} activations over the layers; the largest difference is "
-            f"{values[worst]:.3g} at {label(names[worst], 60)}{'' if limit is None else f', the limit is {limit:g}'}.",
+            f"{values[worst]:.3g} at {label(names[worst], 60)}{_said(limits)}.",
             caption="Were the claim false, one operation would leave the floor in the layer of the fault, and what "
-            "follows it would stay above the dashed limit."
-            + zeros
-            + (f" {m.omitted} rows not stored." if m.omitted else ""),
+            f"follows it would stay above the dashed limit.{zeros}" + _not_drawn(values, len(values)),
+            right=1.25,
         )
 
 
 def plot_positions(source: Source) -> Figure | None:
-    """A difference per position of the stimulus (``rel_l2``, ``kl``, ...) against the claim's limit."""
+    """The claim's metric per position of the stimulus against its limit; one colour per series."""
     m = material(source)
-    found = m.series(*metric_keys(m), "rel_l2", "kl", "max_abs", "margin")
-    if found is None:
-        return plot_series(source)
-    key, values = found
-    if not np.isfinite(values).any():
+    series = {k: v for k, v in list(by_position(m).items())[: len(COLOURS)] if np.isfinite(v).any()}
+    if not series:
         return None
-    where = m.series("position", "positions", "step")
-    at = where[1] if where and len(where[1]) == len(values) else np.arange(len(values), dtype=np.float64)
-    limits = limits_of(m, len(values)) if key in metric_keys(m) else stored_limits(m)
+    key = next(iter(series)).removesuffix("_copy")
+    base = next((b for b in _UNITS if key.startswith(b)), key)
+    limits = [] if m.claim and m.claim.metric.endswith("_over_budget") else limits_of(m)
+    every = np.concatenate(list(series.values()))
     with style():
-        figure, ax = new_figure()
-        kept = decimate(values, beyond_limits(m, values, limits))
-        ax.plot(at[kept], values[kept], "o", ms=3.5, color=BLUE, zorder=3)
-        _draw_limit(ax, limits, "limit", at=at)
-        zeros = scale_y(ax, values, tightest(limits))
-        _axes(ax, "position (token)", unit_label(m, key))
+        figure, ax = new_figure(3.3)
+        drawn = 0
+        for i, (name, values) in enumerate(series.items()):
+            where = m.numbers("position")
+            at = (
+                where if where is not None and where.shape == values.shape else np.arange(len(values), dtype=np.float64)
+            )
+            kept = decimate(values)
+            drawn += len(kept)
+            said = label(name, 24) if len(series) > 1 else None
+            ax.plot(at[kept], values[kept], MARKERS[i], ms=3.5, color=COLOURS[i], label=said, zorder=3)
+        for value in limits:
+            _draw_limit(ax, value, "limit")
+        zeros = scale_y(ax, every, limits)
+        _axes(ax, "position (token)", f"{base} ({_UNITS.get(base, 'ratio')})")
         _whole_numbers(ax)
-        if len(limits):
-            ax.legend(loc="best")
+        _legend(ax)
+        wrong = "points would lie beyond the dashed limit, from the first wrong position on"
+        lone = "the points would lie far above what the type explains, at many positions"
         return finish(
             figure,
-            alt=f"{key} at {len(values)} positions, from {_low(values)} to {_high(values)}"
-            f"{f', limit {tightest(limits):.3g}' if len(limits) else ''}.",
-            caption="Were the claim false, points would lie beyond the dashed limit, from the first wrong position on."
-            + zeros
-            + _not_finite(values)
-            + _drawn(len(values), len(kept)),
+            alt=f"Dot plot: {', '.join(label(k, 24) for k in series)} at {len(values)} positions, "
+            f"{_span(every)}{_said(limits)}.",
+            caption=f"Were the claim false, {wrong if limits else lone}.{zeros}" + _not_drawn(every, drawn),
+        )
+
+
+def plot_margins(source: Source) -> Figure | None:
+    """Margin of the top token per position over the near-tie band; flips are crossed."""
+    m = material(source)
+    margin, tau, flipped = m.numbers("margin"), m.numbers("tau"), m.numbers("flipped")
+    if margin is None or not np.isfinite(margin).any():
+        return None
+    margin = margin.ravel()
+    with style():
+        figure, ax = new_figure(3.3)
+        kept = decimate(margin)
+        ax.plot(kept, margin[kept], "o", ms=3.5, color=BLUE, label="margin of the top token", zorder=3)
+        if tau is not None and tau.size == margin.size:
+            band = decimate(tau.ravel())
+            ax.plot(band, tau.ravel()[band], color=INK, ls="--", lw=1.2, label="near-tie below", marker="")
+        known = flipped is not None and flipped.size == margin.size
+        other = np.flatnonzero(flipped.ravel() > 0) if flipped is not None and known else np.array([], dtype=np.intp)
+        if len(other):
+            ax.plot(other, margin[other], "X", ms=8, color=VERMILLION, label="another top token", zorder=4)
+        zeros = scale_y(ax, np.append(margin, [] if tau is None else tau.ravel()), [], "are exact ties")
+        _axes(ax, "position (token)", "margin (logit)")
+        _whole_numbers(ax)
+        _legend(ax)
+        return finish(
+            figure,
+            alt=f"Dot plot: margin of the top token at {len(margin)} positions, {_span(margin)}; {len(other)} flips.",
+            caption="Were the claim false, a cross would stand above the dashed line: another top token although the "
+            f"margin decides.{zeros}" + _not_drawn(margin, len(kept)),
         )
 
 
 def plot_throughput(source: Source) -> Figure | None:
-    """Every timed sample as a point, the median as a bar, the ceiling of the machine as a line."""
+    """Every timed sample as a point, the median as a bar, and the time that no token can undercut as a line."""
     m = material(source)
-    groups = {k: np.asarray(v, dtype=np.float64).ravel() for k, v in m.arrays.items() if is_timing(k, v)}
-    groups = {k: v[np.isfinite(v) & (v > 0)] for k, v in groups.items()}
-    groups = {k: v for k, v in groups.items() if len(v)}
+    groups = timings(m)
     if not groups:
         return None
     unit, factor = _time_unit(np.concatenate(list(groups.values())))
-    ceiling = ceiling_of(m)
+    least = least_time(m)
     with style():
-        figure, ax = new_figure(1.7 + 0.55 * len(groups))
+        figure, ax = new_figure(1.6 + 0.5 * len(groups))
         for i, samples in enumerate(groups.values()):
-            kept = decimate(samples, None)
+            kept = decimate(samples)
             lift = ((kept * 7) % 11 - 5) / 40  # a fixed scatter: points beside each other, the same in every run
             ax.plot(samples[kept] * factor, i + lift, MARKERS[i % 6], ms=4, color=COLOURS[i % 6], alpha=0.75)
             middle = float(np.median(samples)) * factor
-            ax.plot([middle, middle], [i - 0.28, i + 0.28], color=INK, lw=2, label="median" if i == 0 else None)
-        if ceiling is not None:
-            ax.axvline(ceiling * factor, color=INK, ls="--", lw=1.2, label="ceiling of the machine")
-        said = [label(k.removesuffix("_s_per_token").removesuffix("_s"), 30) for k in groups]
-        ax.set_yticks(range(len(groups)), said)
+            ax.plot([middle, middle], [i - 0.28, i + 0.28], color=INK, lw=2, label="" if i else "median")
+        bounded = [i for i, name in enumerate(groups) if name.endswith("_per_token")]
+        if least is not None and bounded:
+            ends = [bounded[0] - 0.42, bounded[-1] + 0.42]
+            ax.plot([least[1] * factor] * 2, ends, color=INK, ls="--", lw=1.2, label=least[0])
+        ax.set_yticks(range(len(groups)), [_timed(name) for name in groups])
         ax.set_ylim(len(groups) - 0.45, -0.55)
         ax.grid(visible=False, axis="y")
-        _axes(ax, f"time per {'token' if any('token' in k for k in groups) else 'sample'} ({unit})", "")
-        _time_scale(ax, list(groups.values()), factor, ceiling)
-        ax.legend(loc="best")
-        medians = (f"{k}: {len(v)} samples, median {np.median(v) * factor:.3g} {unit}" for k, v in groups.items())
-        return finish(figure, alt=f"Strip plot. {'; '.join(medians)}.", caption=_timing_caption(ceiling))
+        _axes(ax, f"time ({unit})", "")
+        _time_scale(ax, [*groups.values(), np.array([least[1]] if least else [])], factor)
+        _legend(ax)
+        said = [f"{_timed(k)}: {len(v)} samples, median {np.median(v) * factor:.3g} {unit}" for k, v in groups.items()]
+        if least is not None:
+            said.append(f"{least[0]} {least[1] * factor:.3g} {unit}")
+        return finish(
+            figure,
+            alt=f"Strip plot of times. {'; '.join(said)}.",
+            caption="Were the claim false, samples per token would lie left of the dashed line: shorter than possible."
+            if least
+            else "Were the claim false, samples would be missing, or too short for the clock to see.",
+            left=1.3,
+        )
 
 
 def plot_series(source: Source) -> Figure | None:
     """Draw whatever arrays of numbers there are, each against its index; None where there are none."""
     m = material(source)
-    lines = {
-        k: np.asarray(v, dtype=np.float64).ravel()
-        for k, v in m.arrays.items()
-        if np.issubdtype(v.dtype, np.number) and v.size > 1 and k not in ABSCISSAE
-    }
-    lines = {k: v for k, v in lines.items() if np.isfinite(v).any()}
+    found = {k: m.numbers(k) for k in m.arrays if k not in NO_SERIES}
+    lines = {k: v.ravel() for k, v in found.items() if v is not None and v.size > 1 and np.isfinite(v).any()}
+    lines = dict(list(lines.items())[: len(COLOURS)])
     if not lines:
         return None
     with style():
-        figure, ax = new_figure()
-        for i, (name, values) in enumerate(list(lines.items())[: len(COLOURS)]):
-            kept = decimate(values, None)
-            ax.plot(kept, values[kept], marker=MARKERS[i], ms=3, lw=0.9, color=COLOURS[i], label=label(name, 30))
-        scale_y(ax, np.concatenate(list(lines.values())), None)
+        figure, ax = new_figure(3.3)
+        for i, (name, values) in enumerate(lines.items()):
+            kept = decimate(values)
+            marker = MARKERS[i] if len(kept) <= 100 else ""
+            ax.plot(kept, values[kept], marker=marker, ms=3, lw=0.9, color=COLOURS[i], label=label(name, 24))
+        scale_y(ax, np.concatenate(list(lines.values())), [])
         _axes(ax, "index", "value")
         _whole_numbers(ax)
-        ax.legend(loc="best")
+        _legend(ax)
         return finish(
             figure,
-            alt=f"Lines of {', '.join(label(k, 30) for k in list(lines)[:6])} against their index.",
+            alt=f"Lines of {', '.join(label(k, 30) for k in lines)} against their index.",
             caption=f"Were the claim false: {m.claim.falsifier[0].lower()}{m.claim.falsifier[1:]}" if m.claim else "",
         )
-
-
-def decimate(values: Floats, keep: NDArray[np.bool_] | None, most: int = MOST_POINTS) -> NDArray[np.intp]:
-    """
-    Choose which points to draw: all, or the least and the greatest of each stretch, and whatever must be kept.
-
-    A plain stride would drop the one bad value that the figure exists for.
-    """
-    finite = np.flatnonzero(np.isfinite(values))
-    if len(finite) <= most:
-        return finite
-    stretches = np.array_split(finite, most // 2)
-    chosen = [s[[int(np.argmin(values[s])), int(np.argmax(values[s]))]] for s in stretches]
-    if keep is not None:
-        chosen.append(np.flatnonzero(keep & np.isfinite(values))[:most])
-    return np.unique(np.concatenate(chosen))
-
-
-def scale_y(ax: Axes, values: Floats, limit: float | None) -> str:
-    """
-    Choose the scale: logarithmic where values or limit span decades; exact zeros become hollow points on the floor.
-
-    Returns:
-        A sentence for the caption when zeros were drawn so, else nothing.
-    """
-    known = np.append(values[np.isfinite(values)], [] if limit is None else [limit])
-    positive = known[known > 0]
-    if (known < 0).any() or not len(positive) or (positive.max() < 30 * positive.min() and len(positive) == len(known)):
-        return ""
-    floor = 10.0 ** (np.floor(np.log10(positive.min())) - 1)
-    if limit is not None and limit > 0:
-        floor = min(floor, limit / 1e3)
-    ax.set_yscale("log")
-    ax.set_ylim(bottom=floor / 2, top=positive.max() * 4)
-    _log_ticks(ax.yaxis)
-    zero = 0
-    for line in list(ax.lines):
-        y = np.asarray(line.get_ydata(), dtype=np.float64)
-        if line.get_marker() in ("None", "", None) or not (y == 0).any():
-            continue
-        x = np.asarray(line.get_xdata(), dtype=np.float64)[y == 0]
-        ax.plot(x, np.full(len(x), floor), "o", ms=4, mfc=PAPER, mec=line.get_color(), mew=1, zorder=3)
-        zero += len(x)
-    return " Hollow points on the floor are exactly equal." if zero else ""
 
 
 FIGURES: dict[str, Plot] = {
     "F-GT-002": plot_positions,
     "F-GT-008": plot_positions,
-    "F-GT-010": plot_tensor_statistics,
     "F-DATA-QUALITY-001": plot_tensor_statistics,
     "F-DATA-QUALITY-002": plot_tensor_statistics,
     "F-DATA-QUALITY-003": plot_tensor_statistics,
@@ -269,13 +275,12 @@ FIGURES: dict[str, Plot] = {
     "F-PAR-002": plot_layer_trace,
     "F-PAR-003": plot_positions,
     "F-PAR-004": plot_positions,
-    "F-PAR-005": plot_positions,
+    "F-PAR-005": plot_margins,
+    "F-PAR-006": plot_margins,
     "F-PAR-008": plot_positions,
-    "F-PAR-009": plot_positions,
+    "F-PAR-009": plot_margins,
     "F-PAR-010": plot_layer_trace,
-    "F-THR-002": plot_throughput,
     "F-THR-006": plot_throughput,
-    "F-THR-007": plot_throughput,
     "F-THR-008": plot_throughput,
 }
 
@@ -292,15 +297,54 @@ def figure_svg(evidence: Source) -> str | None:
     return None if figure is None else adaptive(svg(figure))
 
 
+def decimate(values: Floats, most: int = MOST_POINTS) -> NDArray[np.intp]:
+    """
+    Choose which points to draw: all that are finite, or the least and the greatest of each stretch.
+
+    A plain stride would drop the one bad value that the figure exists for.
+    """
+    finite = np.flatnonzero(np.isfinite(values))
+    if len(finite) <= most:
+        return finite
+    chosen = [s[[int(np.argmin(values[s])), int(np.argmax(values[s]))]] for s in np.array_split(finite, most // 2)]
+    return np.unique(np.concatenate(chosen))
+
+
+def scale_y(ax: Axes, values: Floats, limits: Sequence[float], zero: str = "are exactly equal") -> str:
+    """
+    Choose the scale: logarithmic where values or limits span decades; exact zeros become hollow points on the floor.
+
+    Returns:
+        A sentence for the caption when zeros were drawn so, else nothing.
+    """
+    known = np.append(values[np.isfinite(values)], limits)
+    positive = known[known > 0]
+    if (known < 0).any() or not len(positive) or (positive.max() < 30 * positive.min() and len(positive) == len(known)):
+        return ""
+    # zeros need a decade of their own; where everything is zero, three below the limit say so
+    below = 0 if (known > 0).all() else 1 if len(positive) > 1 else 3
+    floor = 10.0 ** (np.floor(np.log10(positive.min())) - below)
+    ax.set_ylim(bottom=floor / 2, top=positive.max() * 4)  # first: a scale of equal values warns when it sets itself
+    ax.set_yscale("log")
+    _log_ticks(ax.yaxis)
+    hollow = 0
+    for line in list(ax.lines):
+        y = np.asarray(line.get_ydata(), dtype=np.float64)
+        if line.get_marker() in ("None", "", None) or not (y == 0).any():
+            continue
+        x = np.asarray(line.get_xdata(), dtype=np.float64)[y == 0]
+        ax.plot(x, np.full(len(x), floor), "o", ms=4, mfc=PAPER, mec=line.get_color(), mew=1, zorder=3)
+        hollow += len(x)
+    return f" Hollow points on the floor {zero}." if hollow else ""
+
+
 def label(text: object, limit: int) -> str:
     """A name that any font can draw: cleaned, cut, and ASCII (a glyph that the font lacks would be a warning)."""
     return clean(text, limit).encode("ascii", "backslashreplace").decode("ascii")
 
 
-def _timing_caption(ceiling: float | None) -> str:
-    if ceiling is None:
-        return "Were the claim false, samples would be missing, or too short for the clock to see."
-    return "Were the claim false, samples would lie left of the dashed line: faster than memory can be read."
+def _timed(name: str) -> str:
+    return f"{label(name.removesuffix('_s_per_token').removesuffix('_s'), 12)}{', a token' if 'token' in name else ''}"
 
 
 def _time_unit(samples: Floats) -> tuple[str, float]:
@@ -308,8 +352,8 @@ def _time_unit(samples: Floats) -> tuple[str, float]:
     return ("s", 1.0) if middle >= 0.5 else ("ms", 1e3) if middle >= 5e-4 else ("µs", 1e6)
 
 
-def _time_scale(ax: Axes, groups: Sequence[Floats], factor: float, ceiling: float | None) -> None:
-    values = np.concatenate([*groups, np.array([] if ceiling is None else [ceiling])]) * factor
+def _time_scale(ax: Axes, groups: Sequence[Floats], factor: float) -> None:
+    values = np.concatenate(groups) * factor
     if values.max() > 30 * values.min():
         ax.set_xscale("log")
         _log_ticks(ax.xaxis)
@@ -318,18 +362,20 @@ def _time_scale(ax: Axes, groups: Sequence[Floats], factor: float, ceiling: floa
         ax.set_xlim(0, values.max() * 1.15)
 
 
-def _draw_limit(ax: Axes, limits: Floats, name: str, at: Floats | None = None) -> None:
-    if len(limits) == 1 or (len(limits) and np.nanmin(limits) == np.nanmax(limits)):
-        ax.axhline(float(limits[0]), color=INK, ls="--", lw=1.2, label=f"{name} {limits[0]:.3g}", marker="")
-    elif len(limits):
-        x = at if at is not None and len(at) == len(limits) else np.arange(len(limits))
-        ax.plot(x, limits, color=INK, ls="--", lw=1.2, drawstyle="steps-mid", label=name, marker="")
+def _draw_limit(ax: Axes, value: float, name: str) -> None:
+    ax.axhline(value, color=INK, ls="--", lw=1.2, label=f"{name} {value:.3g}", marker="")
 
 
 def _axes(ax: Axes, x: str, y: str) -> None:
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     ax.tick_params(length=3, color=MUTED)
+
+
+def _legend(ax: Axes) -> None:
+    """Set the legend above the axes: never on the data, and no search for a free place, which warns when it is slow."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, borderaxespad=0.2, columnspacing=1.6)
 
 
 def _whole_numbers(ax: Axes) -> None:
@@ -340,31 +386,29 @@ def _whole_numbers(ax: Axes) -> None:
 
 def _log_ticks(axis: Any) -> None:
     """Write powers as ``1e-07``: matplotlib's own are mathematics, which the style turns off."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0e}" if not 0.01 <= v <= 1000 else f"{v:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def _layer_ticks(ax: Axes, last: int) -> None:
-    step = max(1, -(-(last + 1) // 10))
-    at = list(range(0, last + 1, step))
+    at = list(range(0, last + 1, max(1, -(-(last + 1) // 10))))
     ax.set_xticks([*at, last + 1], [*(str(i) for i in at), "end"])
 
 
-def _low(values: Floats) -> str:
-    return f"{np.nanmin(values[np.isfinite(values)]):.3g}"
+def _span(values: Floats) -> str:
+    finite = values[np.isfinite(values)]
+    return f"from {finite.min():.3g} to {finite.max():.3g}"
 
 
-def _high(values: Floats) -> str:
-    return f"{np.nanmax(values[np.isfinite(values)]):.3g}"
+def _said(limits: Sequence[float]) -> str:
+    return f", limit {' and '.join(f'{v:.3g}' for v in limits)}" if limits else ""
 
 
-def _not_finite(values: Floats) -> str:
-    count = int((~np.isfinite(values)).sum())
-    return f" {count} of {len(values)} values are not finite and not drawn." if count else ""
-
-
-def _drawn(count: int, kept: int) -> str:
-    return f" {kept} of {count} points drawn: the extremes of each stretch." if count > MOST_POINTS else ""
+def _not_drawn(values: Floats, drawn: int) -> str:
+    """Say what the eye cannot see: values that are not finite, and points left out of a long series."""
+    lost = int((~np.isfinite(values)).sum())
+    said = f" {lost} of {len(values)} values are not finite and not drawn." if lost else ""
+    return said + (f" {drawn} of {len(values)} points drawn: the extremes." if drawn < len(values) - lost else "")

@@ -17,30 +17,28 @@ from apr_core.falsify.finding import Finding
 Source = Finding | Evidence
 Floats = NDArray[np.float64]
 
-ABSCISSAE = ("position", "positions", "step", "limit", "limits", "budget")  # arrays that no figure draws as a series
-_UNITS = {"kl": "nat", "rel_l2": "ratio", "max_abs": "logit", "margin": "logit"}
+NO_SERIES = ("position", "limit", "tau", "flipped")  # axes and bounds: no figure draws them as a series of their own
 
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a figure may use."""
+    """Claim, rows and arrays behind a figure."""
 
     claim: Claim | None
     rows: Sequence[Mapping[str, Any]]
     arrays: Mapping[str, NDArray[Any]]
-    omitted: int = 0
 
-    def series(self, *names: str) -> tuple[str, Floats] | None:
-        """The first of the named arrays that holds numbers, flattened to one axis."""
-        for name in names:
-            if name in self.arrays and np.issubdtype(self.arrays[name].dtype, np.number) and self.arrays[name].size:
-                return name, np.asarray(self.arrays[name], dtype=np.float64).ravel()
-        return None
+    def numbers(self, name: str) -> Floats | None:
+        """An array of numbers (booleans count) with at least one element, as float64; else None."""
+        values = self.arrays.get(name)
+        if values is None or not values.size or values.dtype.kind not in "biuf":
+            return None
+        return np.asarray(values, dtype=np.float64)
 
-    def column(self, name: str) -> Floats:
-        """A column of the rows as numbers; NaN where a row has none."""
-        values = [row.get(name) for row in self.rows]
-        return np.array([v if is_number(v) else np.nan for v in values], dtype=np.float64)
+    def text(self, name: str) -> list[str]:
+        """An array of names; empty where there is none."""
+        values = self.arrays.get(name)
+        return [str(v) for v in values.ravel()] if values is not None and values.dtype.kind == "U" else []
 
 
 def material(source: Source) -> Material:
@@ -52,7 +50,7 @@ def material(source: Source) -> Material:
     """
     if isinstance(source, Finding):
         return Material(load_claims().get(source.claim), source.rows, source.arrays)
-    return Material(load_claims().get(source.id), source.rows, source.arrays(), source.rows_omitted)
+    return Material(load_claims().get(source.id), source.rows, source.arrays())
 
 
 def is_number(value: object) -> bool:
@@ -60,64 +58,43 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def tightest(limits: Floats) -> float | None:
-    """The limit as one number, for scales and words: the tightest where it differs from tensor to tensor."""
-    return float(np.nanmin(limits)) if len(limits) and np.isfinite(limits).any() else None
+def limits_of(m: Material) -> list[float]:
+    """Limits stored with the values, else the claim's own; a count is no limit of what it counts."""
+    stored = m.numbers("limit")
+    if stored is not None:
+        return sorted({float(v) for v in stored.ravel() if np.isfinite(v)})
+    return [m.claim.threshold] if m.claim and m.claim.unit != "count" else []
 
 
-def stored_limits(m: Material) -> Floats:
-    """Limits that lie with the values: one for each, or one for all; empty where there are none."""
-    found = m.series("limit", "limits", "budget")
-    if found:
-        return found[1]
-    column = m.column("limit")
-    return column if np.isfinite(column).any() else np.array([])
+def violations(m: Material) -> list[tuple[str, float]]:
+    """Name and value of whatever a gate refused on the subject, as the rows say; judged there, not here."""
+    found = [r for r in m.rows if r.get("on") == "subject" and is_number(r.get("measured"))]
+    return [(str(r.get("what", "")), float(r["measured"])) for r in found]
 
 
-def limits_of(m: Material, count: int) -> Floats:
-    """Limits stored with the values, else the claim's own unless it counts refutations (then it limits the count)."""
-    stored = stored_limits(m)
-    if len(stored):
-        return stored if len(stored) == count else stored[:1]
-    return np.array([m.claim.threshold]) if m.claim and m.claim.unit != "count" else np.array([])
+def by_position(m: Material) -> dict[str, Floats]:
+    """
+    Values per position of the stimulus under the name of the claim's metric.
 
-
-def beyond_limits(m: Material, values: Floats, limits: Floats) -> NDArray[np.bool_]:
-    """Which points to mark: those on the wrong side of their limit. A mark, not a verdict: that is in the record."""
-    if not len(limits):
-        return np.zeros(len(values), dtype=bool)
-    default = m.claim.direction if m.claim else "at_most"
-    direction = next((r["direction"] for r in m.rows if "direction" in r), default)
-    wide = limits if len(limits) == len(values) else np.full(len(values), limits[0])
-    with np.errstate(invalid="ignore"):
-        return (values < wide if direction == "at_least" else values > wide) & np.isfinite(values)
-
-
-def names_of(m: Material, count: int) -> list[str]:
-    """Names of the tensors: a stored array of text, else the rows' own when there are as many."""
-    for key in ("tensor", "name", "names"):
-        if key in m.arrays and m.arrays[key].dtype.kind in "US" and m.arrays[key].size == count:
-            return [str(n) for n in m.arrays[key].ravel()]
-    if len(m.rows) == count:
-        return [str(r.get("tensor", r.get("name", i))) for i, r in enumerate(m.rows)]
-    return [f"tensor {i}" for i in range(count)]
+    ``kl_max`` is the largest ``kl``; ``rel_l2_gguf`` and ``kl_copy`` are further series of the same value. An array
+    [names, positions] gives its worst name at each position; one NaN makes a position NaN, so it cannot hide.
+    """
+    metric = m.claim.metric if m.claim else ""
+    for base in dict.fromkeys([metric, re.sub(r"_(max|min|mean|over_budget)$", "", metric), "rel_l2", "kl"]):
+        named = [k for k in m.arrays if base and (k == base or k.startswith(f"{base}_"))]
+        series = {k: v for k in named if (v := m.numbers(k)) is not None}
+        if series:
+            return {k: v.reshape(-1, v.shape[-1]).max(axis=0) if v.ndim > 1 else v.ravel() for k, v in series.items()}
+    return {}
 
 
 def traced(m: Material) -> tuple[list[str], Floats]:
-    """Names and differences of a trace: from arrays where they are whole, else from the rows."""
-    names = next((m.arrays[k] for k in ("name", "names") if k in m.arrays and m.arrays[k].dtype.kind in "US"), None)
-    found = m.series("rel_l2", "max_abs")
-    if names is not None and found and names.size == len(found[1]):
-        return [str(n) for n in names.ravel()], found[1]
-    rows = [r for r in m.rows if is_number(r.get("rel_l2"))]
-    return [_row_name(r) for r in rows], np.array([float(r["rel_l2"]) for r in rows], dtype=np.float64)
-
-
-def _row_name(row: Mapping[str, Any]) -> str:
-    if "name" in row:
-        return str(row["name"])
-    operation = row.get("op", row.get("operation", "value"))
-    return f"layers.{row['layer']}.{operation}" if is_number(row.get("layer")) else str(operation)
+    """Names and worst differences of a trace: from arrays where they are whole, else from the rows."""
+    names, values = m.text("name"), m.numbers("rel_l2")
+    if names and values is not None and len(values) == len(names):
+        return names, values.reshape(len(names), -1).max(axis=1)
+    rows = [r for r in m.rows if "name" in r and is_number(r.get("rel_l2"))]
+    return [str(r["name"]) for r in rows], np.array([float(r["rel_l2"]) for r in rows], dtype=np.float64)
 
 
 def places(names: Sequence[str]) -> tuple[list[float], list[str], int]:
@@ -131,37 +108,19 @@ def places(names: Sequence[str]) -> tuple[list[float], list[str], int]:
     )
 
 
-def metric_keys(m: Material) -> tuple[str, ...]:
-    """Names under which a claim's own metric may be stored per position: ``kl_max`` is the largest ``kl``."""
-    return (m.claim.metric, re.sub(r"_(max|min|mean)$", "", m.claim.metric)) if m.claim else ()
+def timings(m: Material) -> dict[str, Floats]:
+    """Arrays of durations in seconds (``decode_s_per_token``, ``prefill_s``); only what is a duration at all."""
+    rates = ("gb_s", "tok_s")  # per second, not seconds
+    found = {k: m.numbers(k) for k in m.arrays if k.endswith(("_s_per_token", "_s")) and not k.endswith(rates)}
+    kept = {k: v.ravel()[np.isfinite(v.ravel()) & (v.ravel() > 0)] for k, v in found.items() if v is not None}
+    return {k: v for k, v in kept.items() if len(v)}
 
 
-def unit_label(m: Material, key: str) -> str:
-    """Label of an axis: name of the value and its unit."""
-    unit = _UNITS.get(key, m.claim.unit if m.claim else "1")
-    return f"{key} ({'ratio' if unit == '1' else unit})"
-
-
-def y_label(m: Material, default: str) -> str:
-    """Label of the claim's metric; ``default`` where the metric is a count and the figure shows what is counted."""
-    if m.claim is None or m.claim.unit == "count":
-        return default
-    return unit_label(m, m.claim.metric)
-
-
-def is_timing(key: str, values: NDArray[Any]) -> bool:
-    """Whether an array holds durations in seconds (``decode_s_per_token``, ``prefill_s``, ...)."""
-    named = ("_s_per_token" in key or key.endswith("_s")) and "ceiling" not in key
-    return bool(named and np.issubdtype(values.dtype, np.number))
-
-
-def ceiling_of(m: Material) -> float | None:
-    """The shortest time per token that the memory allows, in seconds, where the record holds it."""
-    for key, values in m.arrays.items():
-        if "ceiling" in key and key.endswith("s_per_token") and np.size(values) == 1:
-            return float(np.ravel(values)[0])
+def least_time(m: Material) -> tuple[str, float] | None:
+    """What no sample per token can undercut, in seconds: the machine's ceiling, or a delay that was planted."""
     for row in m.rows:
-        for key, value in row.items():
-            if "ceiling" in str(key) and str(key).endswith("s_per_token") and is_number(value):
-                return float(value)
+        if row.get("quantity") == "ceiling_tok_s" and is_number(row.get("value")) and row["value"] > 0:
+            return "ceiling of the machine", 1 / float(row["value"])
+        if is_number(row.get("delay_s")):
+            return "planted delay", float(row["delay_s"])
     return None

@@ -91,7 +91,7 @@ def write_index(folder: Path, conclusion: Conclusion, *, notebooks: Mapping[str,
     context = {
         "css": Markup((TEMPLATES / "palette.css").read_text("utf-8") + (TEMPLATES / "index.css").read_text("utf-8")),
         "nonce": hashlib.sha256((folder / "declared.json").read_bytes()).hexdigest()[:24],
-        "head": _head(declared, conclusion),
+        "head": _head(declared, conclusion, notebooks),
         "diagnosis": {"error": "", "advice": "", **declared["diagnosis"]} if declared["diagnosis"] else None,
         "subject": _subject(declared["subject"]),
         "reference": _subject(declared["reference"]) if declared["reference"] else None,
@@ -120,7 +120,9 @@ def _template() -> jinja2.Template:
     return environment.get_template("index.html.j2")
 
 
-def _head(declared: Mapping[str, Any], conclusion: Conclusion) -> dict[str, Any]:
+def _head(
+    declared: Mapping[str, Any], conclusion: Conclusion, notebooks: Mapping[str, NotebookStatus]
+) -> dict[str, Any]:
     """The verdict in a sentence, the exit code in words, the score with what it is made of."""
     counts = conclusion.counts
     total = max(1, sum(counts.values()))
@@ -146,9 +148,15 @@ def _head(declared: Mapping[str, Any], conclusion: Conclusion) -> dict[str, Any]
         "total": sum(counts.values()),
         "bypassed": declared["subject"]["bypassed"],
         "refusal": declared["subject"]["refusal"],
-        "time": declared["provenance"].get("time", ""),
+        "time": _clock(declared),
+        "broken": [n for n in declared["notebooks"] if n in notebooks and not notebooks[n].complete],
         "refuted": [k for k, v in conclusion.by_claim.items() if v[0] is Verdict.FALSIFIED],
     }
+
+
+def _clock(declared: Mapping[str, Any]) -> str:
+    """When the run was declared, as people write it."""
+    return str(declared["provenance"].get("time", "")).replace("T", " ").replace("+00:00", " UTC")
 
 
 def _sentence(declared: Mapping[str, Any], conclusion: Conclusion, name: str) -> str:
@@ -171,7 +179,12 @@ def _not_run(conclusion: Conclusion) -> list[dict[str, Any]]:
         if verdict is Verdict.NOT_RUN:
             by_reason.setdefault(reason, []).append(claim)
     return [
-        {"reason": reason, "claims": claims, "remedy": next((v for k, v in REMEDY.items() if reason.startswith(k)), "")}
+        {
+            "reason": reason,
+            "claims": claims,
+            "all": len(claims) == len(conclusion.by_claim),
+            "remedy": next((v for k, v in REMEDY.items() if reason.startswith(k)), ""),
+        }
         for reason, claims in by_reason.items()
     ]
 
@@ -201,7 +214,7 @@ def _subject(record: Mapping[str, Any]) -> dict[str, Any]:
 def _machine(declared: Mapping[str, Any]) -> dict[str, object]:
     p = declared["provenance"]
     facts = {
-        "Time": p.get("time"),
+        "Time": _clock(declared),
         "Machine": ", ".join(str(p[k]) for k in ("platform", "cpu") if p.get(k)),
         "Cores": p.get("cores"),
         "Python": p.get("python"),

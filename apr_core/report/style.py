@@ -73,30 +73,31 @@ def style() -> AbstractContextManager[None]:
     return context
 
 
-def new_figure(height: float = 3.1) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
     """Make a figure without pyplot (which keeps every figure alive) with one axes; ``height`` in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.6, height), layout="constrained")
+    figure = Figure(figsize=(6.6, height))
     return figure, figure.add_subplot()
 
 
-def finish(figure: Figure, *, alt: str, caption: str) -> Figure:
-    """Attach the alternative text and write the caption (what would have looked different) under the axes."""
+def finish(figure: Figure, *, alt: str, caption: str, left: float = 0.8, right: float = 0.15) -> Figure:
+    """
+    Attach the alternative text, set the margins, and write the caption (what would have looked different) below.
+
+    Margins are fixed, in inches: matplotlib's automatic layout draws everything twice, for the same picture.
+    """
     figure.set_label(alt)
     lines = textwrap.wrap(caption, 104)
-    share = (0.16 * len(lines) + 0.08) / figure.get_figheight()
-    _room(figure, share)
+    _margins(figure, left, right, 0.52 + 0.16 * len(lines))
     text = figure.text(0.012, 0.02, "\n".join(lines), fontsize=8, color=MUTED, va="bottom", ha="left", linespacing=1.35)
     text.set_gid(CAPTION)
     return figure
 
 
-def _room(figure: Figure, below: float) -> None:
-    """Keep the axes out of the lowest ``below`` of the figure (a share of its height)."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, below, 1, 1 - below)))
+def _margins(figure: Figure, left: float, right: float, bottom: float) -> None:
+    wide, high = figure.get_size_inches()
+    figure.subplots_adjust(left=left / wide, right=1 - right / wide, bottom=bottom / high, top=1 - 0.32 / high)
 
 
 def alt_text(figure: Figure) -> str:
@@ -113,7 +114,11 @@ def without_caption(figure: Figure) -> Figure:
     """Take the caption out (a page sets it as text, which a reader can enlarge)."""
     for text in [t for t in figure.texts if t.get_gid() == CAPTION]:
         text.remove()
-        _room(figure, 0.0)
+        wide, high = figure.get_size_inches()
+        lost = 0.16 * len(text.get_text().splitlines())
+        old = figure.subplotpars
+        figure.set_size_inches(wide, high - lost)
+        _margins(figure, old.left * wide, (1 - old.right) * wide, old.bottom * high - lost)
     return figure
 
 

@@ -115,12 +115,15 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Markup:
     names = columns(rows)
     head = Markup("").join(Markup('<th scope="col">{}</th>').format(esc(n, 80)) for n in names)
     body = Markup("").join(
-        Markup("<tr>{}</tr>").format(
-            Markup("").join(Markup("<td>{}</td>").format(esc(number(row.get(n)), 400)) for n in names)
-        )
-        for row in rows
+        Markup("<tr>{}</tr>").format(Markup("").join(_cell(number(row.get(n))) for n in names)) for row in rows
     )
     title = Markup("<caption>{}</caption>").format(esc(caption, 200)) if caption else Markup("")
     return Markup('<table class="apr-rows">{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table>').format(
         title, head, body
     )
+
+
+def _cell(text: str) -> Markup:
+    """A short cell never breaks: ``1e-05`` has a hyphen that a browser takes for a place to break."""
+    short = Markup(' class="apr-n"') if len(text) <= 14 else Markup("")
+    return Markup("<td{}>{}</td>").format(short, esc(text, 400))

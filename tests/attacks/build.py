@@ -39,7 +39,9 @@ def pair(key: str | bytes, kind: int, payload: bytes) -> bytes:
     return text(key) + struct.pack("<I", kind) + payload
 
 
-def row(name: str | bytes = "a", ne: Sequence[int] = (2,), kind: int = 0, offset: int = 0, dims: int | None = None) -> bytes:
+def row(
+    name: str | bytes = "a", ne: Sequence[int] = (2,), kind: int = 0, offset: int = 0, dims: int | None = None
+) -> bytes:
     """Pack a row of the GGUF tensor table; negative numbers become their two's complement."""
     extents = b"".join(struct.pack("<Q", extent % 2**64) for extent in ne)
     count = struct.pack("<I", len(ne) if dims is None else dims)
@@ -82,7 +84,7 @@ def apr(
     break_header: bool = False,
     break_footer: bool = False,
 ) -> bytes:
-    """Pack an APR v2 file with correct checksums; ``places`` overrides metadata offset, size, index and data offsets."""
+    """Pack an APR v2 file with correct checksums; ``places`` overrides the four places in the header."""
     index = b"".join(entries)
     index_at = 64 + -(-len(metadata) // 64) * 64
     data_at = index_at + -(-len(index) // 64) * 64

@@ -161,7 +161,9 @@ GGUF = [
     Attack("S3-name-empty", gguf([row("")], data=DATA), "1 to 64"),
     Attack("S3-name-65", gguf([row("a" * 65)], data=DATA), "1 to 64"),
     Attack("S3-name-not-utf8", gguf([row(b"\xff")], data=DATA), "tensor name in UTF-8"),
-    Attack("F7-split", gguf(_ONE, [pair("split.count", 2, b"\3\0"), pair("split.no", 2, b"\1\0")], DATA), "part 2 of 3"),
+    Attack(
+        "F7-split", gguf(_ONE, [pair("split.count", 2, b"\3\0"), pair("split.no", 2, b"\1\0")], DATA), "part 2 of 3"
+    ),
     Attack(
         "F8-two-names-one-tensor",
         gguf([row("token_embd.weight"), row("model.embed_tokens.weight", offset=32)], data=bytes(64)),

@@ -9,7 +9,7 @@ import pytest
 
 from apr_core.errors import FormatError
 from apr_core.formats.checkpoint import open_checkpoint
-from tests.attacks.build import entry, safetensors
+from tests.attacks.build import VALID_GGUF, entry, safetensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -25,7 +25,20 @@ def write(folder: Path, weight_map: object, shards: dict[str, list[str]], **extr
 
 @pytest.mark.parametrize(
     "shard",
-    ["/etc/passwd", "../b.safetensors", "x/../../b.safetensors", "..", "", "..\\b", "C:\\b", "C:b", "a\0b", 7, None, []],
+    [
+        "/etc/passwd",
+        "../b.safetensors",
+        "x/../../b.safetensors",
+        "..",
+        "",
+        "..\\b",
+        "C:\\b",
+        "C:b",
+        "a\0b",
+        7,
+        None,
+        [],
+    ],
 )
 def test_path_outside_the_folder(shard: object, tmp_path: Path) -> None:
     """A weight_map that points out of the folder is refused before anything is opened."""
@@ -89,3 +102,14 @@ def test_honest_index_opens(tmp_path: Path) -> None:
         assert [file.name for file in checkpoint.files] == ["1.safetensors", "2.safetensors"]
         assert checkpoint.metadata["total_size"] == 24
         assert checkpoint.format == "safetensors"
+
+
+def test_shard_that_is_something_else(tmp_path: Path) -> None:
+    """An LFS pointer or a GGUF among the shards is named, not reported as a strange header."""
+    path = write(tmp_path, {"a": "1.safetensors"}, {"1.safetensors": ["a"]})
+    (tmp_path / "1.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(FormatError, match=r"Git-LFS pointer to 7 bytes.*1\.safetensors"):
+        open_checkpoint(path)
+    (tmp_path / "1.safetensors").write_bytes(VALID_GGUF)
+    with pytest.raises(FormatError, match=r"a SafeTensors shard, found gguf data"):
+        open_checkpoint(path)

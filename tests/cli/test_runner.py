@@ -46,7 +46,9 @@ ENDINGS = {
 def write_notebook(folder, name, *sources):
     """A notebook with a parameters cell and the given code cells."""
     cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), *map(new_code_cell, sources)]
-    book = new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "p", "language": "python"}})
+    book = new_notebook(
+        cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "p", "language": "python"}}
+    )
     nbformat.write(book, folder / f"{name}.ipynb")
 
 
@@ -82,7 +84,7 @@ def test_every_wrong_ending_is_seen_and_the_report_is_written(house, capfd):
     assert {conclusion.by_claim[c.id][0].value for c in claims_of("10_contract_gates")} == {"CORROBORATED"}
     assert {conclusion.by_claim[c.id][0].value for c in claims_of("20_parity")} == {"INCONCLUSIVE"}
     assert (house / "reports" / "latest").resolve() == out
-    cases = ElementTree.parse(out / "junit.xml").getroot().iter("testcase")  # noqa: S314
+    cases = ElementTree.parse(out / "junit.xml").getroot().iter("testcase")
     assert {c.id for n in NOTEBOOKS for c in claims_of(n)} <= {c.get("name").split(" ")[0] for c in cases}
 
 
@@ -172,7 +174,7 @@ def test_a_bad_reference_is_diagnosed_too(house):
     ],
 )
 def test_wrong_options_write_nothing(house, options, words):
-    """papermill would log an unknown parameter and run the defaults."""
+    """Papermill would log an unknown parameter and run the defaults."""
     with pytest.raises(UsageError, match=words):
         runner.run_suite(model=str(house / "model"), out=str(house / "out"), **options)
 
@@ -208,11 +210,14 @@ def test_a_missing_notebook_says_so(house):
         (lambda c: c[1].update(execution_count=None), "not executed in order"),
         (lambda c: c[1].update(execution_count=5), "not executed in order"),
         (lambda c: c[1].update(outputs=[]), "did not close"),
-        (lambda c: c[0].update(outputs=[nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])]), "raised"),
+        (
+            lambda c: c[0].update(outputs=[nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])]),
+            "raised",
+        ),
     ],
 )
 def test_an_output_notebook_must_prove_that_it_ran(tmp_path, edit, words):
-    """papermill's status says `completed` for a killed kernel."""
+    """Papermill's status says `completed` for a killed kernel."""
     closing = nbformat.v4.new_output("stream", name="stdout", text="n closed: 1 claims\n")
     cells = [
         new_code_cell("1", execution_count=1),

@@ -1,4 +1,4 @@
-"""A tiny Qwen2 (hidden 64, 2 layers, 4 heads, 2 key-value heads, ffn 96, vocab 131) written by the safetensors package."""
+"""A tiny Qwen2 (hidden 64, 2 layers, 4 heads, 2 key-value heads, ffn 96, vocab 131), written by safetensors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def save(tmp_path: Path) -> Save:
     def write(tensors: Mapping[str, np.ndarray], config: Mapping[str, object] | None) -> Path:
         folder = tmp_path / f"model{sum(1 for _ in tmp_path.iterdir())}"
         folder.mkdir()
-        save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, folder / "model.safetensors")
+        # save_file writes the memory of a transposed view as it lies, not as it reads
+        laid_out = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+        save_file(laid_out, folder / "model.safetensors")
         if config is not None:
             (folder / "config.json").write_text(json.dumps(config))
         return folder

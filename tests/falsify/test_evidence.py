@@ -200,6 +200,19 @@ def test_text_that_is_not_strict_json_is_an_error(text: str, tmp_path: Path) -> 
         read_evidence(path)
 
 
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_a_whole_record_with_a_number_that_json_lacks_is_an_error(
+    constant: str, attempt: Attempt, subject: SubjectRecord, tmp_path: Path
+) -> None:
+    """Python reads NaN where other readers of the evidence stop: a record must be JSON for everybody."""
+    path = write_evidence(record(attempt("F-GT-001"), subject), tmp_path)
+    text = path.read_text()
+    assert '"required_tolerance": 0.0' in text
+    path.write_text(text.replace('"required_tolerance": 0.0', f'"required_tolerance": {constant}'))
+    with pytest.raises(FormatError, match="is not JSON"):
+        read_evidence(path)
+
+
 def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
     """A record that is not there is an error; a folder without records is empty, not an error."""
     with pytest.raises(FormatError, match="FileNotFoundError"):

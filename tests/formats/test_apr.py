@@ -137,7 +137,9 @@ def test_footer_check_can_be_left_out(tmp_path: Path) -> None:
         read_apr(map_file(tmp_path / "f"))
 
 
-@pytest.mark.parametrize("stored", ["model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight", "blk.0.ffn_up.weight"])
+@pytest.mark.parametrize(
+    "stored", ["model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight", "blk.0.ffn_up.weight"]
+)
 def test_three_naming_styles(stored: str, tmp_path: Path) -> None:
     """All three styles of APR writers end in the same canonical name; the stored one is kept."""
     (tmp_path / "f").write_bytes(build([apr_entry(stored, 7, (1,), 0, 1)], bytes(64)))

@@ -15,7 +15,9 @@ from apr_core.formats.checkpoint import open_checkpoint
 
 def build(metadata: bytes, payload: bytes = b"p", kind: int = 0x20, flags: int = 0, crc: int = 0) -> bytes:
     """Pack an APRN file."""
-    head = struct.pack("<4sBBHIIIBBB", b"APRN", 1, 0, kind, len(metadata), len(payload), 9, 3, flags, 77).ljust(32, b"\0")
+    head = struct.pack("<4sBBHIIIBBB", b"APRN", 1, 0, kind, len(metadata), len(payload), 9, 3, flags, 77).ljust(
+        32, b"\0"
+    )
     body = head + metadata + payload
     return body + struct.pack("<I", zlib.crc32(body) ^ crc)
 

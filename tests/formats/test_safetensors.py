@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apr_core.dtypes import BY_SAFETENSORS, FORMATS
-from apr_core.errors import UsageError
-from apr_core.formats.checkpoint import TensorSource, open_checkpoint
+from apr_core.errors import FormatError, UsageError
+from apr_core.formats.checkpoint import TensorSource, map_file, open_checkpoint
 from apr_core.formats.codecs import decode
-from apr_core.formats.safetensors import write_safetensors
+from apr_core.formats.safetensors import read_safetensors, write_safetensors
 
 NUMPY = {
     "F64": "f8",
@@ -53,7 +53,8 @@ def sources(arrays: dict[str, np.ndarray]) -> list[TensorSource]:
     """Offer arrays to a writer."""
     kinds = {np.dtype(code): FORMATS[kind] for kind, code in NUMPY.items()}
     return [
-        TensorSource(name, kinds[array.dtype], array.shape, lambda array=array: [array]) for name, array in arrays.items()
+        TensorSource(name, kinds[array.dtype], array.shape, lambda array=array: [array])
+        for name, array in arrays.items()
     ]
 
 
@@ -132,3 +133,13 @@ def test_refuses_what_would_not_open(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="must be strings"):
         write_safetensors(tmp_path / "f", [source], {"a": 1})  # type: ignore[dict-item]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "says"), [(b"short", "a header length of 8 bytes"), (bytes([2] + [0] * 7) + b" {}", "{")]
+)
+def test_reader_on_its_own(data: bytes, says: str, tmp_path: Path) -> None:
+    """The reader does not rely on the sniffing that comes before it."""
+    (tmp_path / "f").write_bytes(data)
+    with pytest.raises(FormatError, match=says):
+        read_safetensors(map_file(tmp_path / "f"))

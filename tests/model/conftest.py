@@ -18,8 +18,8 @@ CONFIG = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 331,
-    "max_position_embeddings": 96,
-    "rope_theta": 10000.0,
+    "max_position_embeddings": 128,
+    "rope_theta": 50000.0,
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "tie_word_embeddings": True,
@@ -82,8 +82,10 @@ def tokenizer_document() -> dict[str, object]:
         left = max((t for t in vocab if word.startswith(t) and word[len(t) :] in vocab), key=len)
         merges.append([left, word[len(left) :]])
         vocab[word] = len(vocab)
+    # The package numbers added tokens behind the vocabulary, whatever ids the file states.
+    vocab |= {f"unused{n}": n for n in range(len(vocab), 315)}
     added = [("<|endoftext|>", True), ("<|im_start|>", True), ("<|im_end|>", True), ("<tool_call>", False)]
-    added += [("<|fim_prefix|>", False), ("<|im_end|>x", False)]
+    added += [("<|fim_prefix|>", False), ("<|im_end|>|>", False)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": QWEN2_PRE_TOKENIZER}, "behavior": "Isolated", "invert": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.model.conftest import tiny_config
 
 from apr_core.errors import InferenceError, LoadError
 from apr_core.model.config import Qwen2Config, token_ids
+from tests.model.conftest import tiny_config
 
 
 def test_reads_the_names_of_config_json() -> None:
     """Every field arrives; head_dim is derived; unknown keys are listed, known harmless ones are not."""
     config = Qwen2Config.from_mapping(tiny_config(eos_token_id=[317, 315], novel_key=1, torch_dtype="bfloat16"))
     assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (64, 16, 2)
-    assert (config.rope_theta, config.rms_norm_eps, config.tie_word_embeddings) == (10000.0, 1e-6, True)
+    assert (config.rope_theta, config.rms_norm_eps, config.tie_word_embeddings) == (50000.0, 1e-6, True)
     assert (config.eos_token_ids, config.bos_token_id) == ((317, 315), 315)
     assert config.unknown_keys == ("novel_key",)
 
@@ -57,8 +57,15 @@ def test_refuses_other_arithmetic_by_name(key: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rope_scaling", None), ("rope_scaling", {"rope_type": "default"}), ("layer_types", ["full_attention"] * 2)]
-    + [("use_sliding_window", False), ("sliding_window", 4096), ("use_mrope", False), ("quantization_config", None)],
+    [
+        ("rope_scaling", None),
+        ("rope_scaling", {"rope_type": "default"}),
+        ("layer_types", ["full_attention"] * 2),
+        ("use_sliding_window", False),
+        ("sliding_window", 4096),
+        ("use_mrope", False),
+        ("quantization_config", None),
+    ],
 )
 def test_accepts_keys_that_change_nothing(key: str, value: object) -> None:
     """The published checkpoints carry these."""
@@ -118,7 +125,7 @@ def test_token_ids_in_each_spelling() -> None:
         ([1.0], 0, "vector"),
         ([-1], 0, "below 331, found -1 at position 0"),
         ([0, 331], 5, "found 331 at position 6"),
-        ([1, 2], 95, "at most 96 positions"),
+        ([1, 2], 127, "at most 128 positions"),
     ],
 )
 def test_the_gate_before_a_forward(ids: list[object], start: int, words: str) -> None:
@@ -129,5 +136,5 @@ def test_the_gate_before_a_forward(ids: list[object], start: int, words: str) ->
 
 def test_the_gate_lets_the_last_position_pass() -> None:
     """The context may be filled to its end."""
-    ids = Qwen2Config.from_mapping(tiny_config()).check_input(np.array([1, 330], np.int32), 94)
+    ids = Qwen2Config.from_mapping(tiny_config()).check_input(np.array([1, 330], np.int32), 126)
     assert (ids.dtype, ids.tolist()) == (np.int64, [1, 330])

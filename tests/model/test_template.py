@@ -21,12 +21,16 @@ MESSAGES = {"messages": [{"role": "user", "content": "Hi <b>&</b>"}]}
         ("{{ messages | tojson }}", '[{"role": "user", "content": "Hi <b>&</b>"}]'),
         ("{{ {'é': 1} | tojson(ensure_ascii=True) }}", '{"\\u00e9": 1}'),
         ("{{ {'a': [1]} | tojson(indent=1) }}", '{\n "a": [\n  1\n ]\n}'),
-        ("{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "013"),
+        ("{% for i in range(9) %}"
+         "{% if i == 1 %}{% continue %}{% endif %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "02"),
         ("{% generation %}{{ messages[0].role }}{% endgeneration %}", "user"),
-        ("{% set ns = namespace(n=0) %}{% for i in range(4) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n ~ '!' }}", "6!"),
+        ("{% set ns = namespace(n=0) %}{% for i in range(4) %}"
+         "{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n ~ '!' }}", "6!"),
         ("{{ 'a' ~ 1 ~ none ~ [2] }}", "a1None[2]"),
-        ("{{ 'a-b'.split('-') | join('+') }}{{ ' x ' | trim }}{{ '%s:%d' % ('k', 3) }}{{ '{}={}'.format('k', 4) }}", "a+bxk:3k=4"),
-        ("{{ 'abc'.replace('b', 'BB') | upper | indent(2) | replace('B', 'c') }}{{ 'x' * 3 }}{{ 2 ** 10 }}", "AccccCxxx1024"),
+        ("{{ 'a-b'.split('-') | join('+') }}{{ ' x ' | trim }}"
+         "{{ '%s:%d' % ('k', 3) }}{{ '{}={}'.format('k', 4) }}", "a+bxk:3k=4"),
+        ("{{ 'abc'.replace('b', 'BB') | upper | indent(2) | replace('B', 'c') }}"
+         "{{ 'x' * 3 }}{{ 2 ** 10 }}", "AccCxxx1024"),
         ("{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(1) }}{{ nothing }}{{ dict(t=1700000000).t }}", "<1>1700000000"),
         ("{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ loop.last }}{% endfor %}", "1True"),
         ("{{ messages | map(attribute='role') | list | length }}{{ messages[::-1][0]['role'] }}", "1user"),
@@ -48,7 +52,9 @@ def test_a_refusal_speaks_in_the_templates_own_words() -> None:
         render("{{ raise_exception('roles must alternate') }}", MESSAGES)
 
 
-@pytest.mark.parametrize("source", ["{{ 'x' + messages[0].nothing }}", "{{ 1 + 'x' }}", "{{ messages[0].content / 2 }}"])
+@pytest.mark.parametrize(
+    "source", ["{{ 'x' + messages[0].nothing }}", "{{ 1 + 'x' }}", "{{ messages[0].content / 2 }}"]
+)
 def test_messages_that_do_not_fit_are_an_inference_error(source: str) -> None:
     """For instance a message without its content."""
     with pytest.raises(InferenceError, match="cannot render these messages"):
@@ -61,9 +67,9 @@ def test_messages_that_do_not_fit_are_an_inference_error(source: str) -> None:
         ("{% if %}", "line 1"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
-        ("{{ ''['__cla' + 'ss__'] | string }}", "unsafe"),
-        ("{{ (messages | attr('__class__')) | string }}", "unsafe"),
-        ("{{ raise_exception.__globals__ }}", "unsafe"),
+        ("{{ ''['__cla' + 'ss__'].x }}", "unsafe"),
+        ("{{ (messages | attr('__class__')).x }}", "unsafe"),
+        ("{{ raise_exception.__globals__['json'] }}", "unsafe"),
         ("x" * (module.MAX_TEMPLATE_CHARS + 1), "characters"),
     ],
 )
@@ -73,22 +79,29 @@ def test_a_template_that_is_broken_or_leaves_the_sandbox(source: str, words: str
         render(source, MESSAGES)
 
 
+def test_a_template_cannot_read_files() -> None:
+    """There is no loader behind include, import and extends."""
+    with pytest.raises(InferenceError, match="no loader"):
+        render("{% include '/etc/passwd' %}", MESSAGES)
+
+
 DOUBLING = "{% set ns = namespace(x='x' * 9) %}{% for i in range(64) %}{% set ns.x = ns.x OP ns.x %}{% endfor %}"
+NEST = "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
 EXPLOSIONS = {
-    "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
     "range": "{% for a in range(10 ** 12) %}{% endfor %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "output": "{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}",
     "constant": "{{ 'x' * 10 ** 10 }}",
     "list": "{{ ([1] * 10 ** 9) | length }}",
-    "power": "{{ 10 ** 10 ** 10 }}",
+    "power": "{{ 10 ** 99999 }}",
     "squares": "{% set ns = namespace(x=3) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "plus": DOUBLING.replace("OP", "+"),
     "tilde": DOUBLING.replace("OP", "~"),
-    "shared list printed": "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-    "shared list as json": "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}",
-    "namespace printed": "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns ~ '' }}",
-    "deep list": "{% set ns = namespace(x=[1]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+    "shared list printed": NEST + "{{ ns.x }}",
+    "shared list as json": NEST + "{{ ns.x | tojson }}",
+    "namespace printed": NEST + "{{ ns ~ '' }}",
+    "deep list": NEST.replace("64", "9999").replace("[ns.x, ns.x]", "[ns.x]") + "{{ ns.x | tojson }}",
     "ljust": "{{ 'x'.ljust(10 ** 10) }}",
     "center": "{{ 'x' | center(10 ** 10) }}",
     "indent": "{{ ('\\n' * 9999) | indent(9999) }}",
@@ -141,7 +154,8 @@ def test_the_output_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_long_conversations_are_affordable() -> None:
     """Half a million characters in 200 messages, each looked at several times, stay within the budget."""
     source = (
-        "{% for m in messages %}{% set c = m.content | trim %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}"
+        "{% for m in messages %}{% set c = m.content | trim %}"
+        "{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}"
         "{% endif %}{{ '<|im_start|>' + m.role + '\\n' + c.replace('x', 'yz') + '<|im_end|>\\n' }}{% endfor %}"
     )
     messages = [{"role": "user", "content": "x1" * 1250} for _ in range(200)]

@@ -17,7 +17,7 @@ from apr_core.falsify.evidence import SubjectRecord
 from apr_core.falsify.finding import Finding
 from apr_core.falsify.rounds import Conclusion, Round, conclude, declare
 from apr_core.falsify.verdict import NEEDS, NotRun
-from apr_core.report.page import NotebookStatus
+from apr_core.report.page import NotebookStatus, write_index
 
 # What a hostile file may put into names and metadata. The last one is 10 kB long.
 HOSTILE = (
@@ -77,24 +77,47 @@ def finding_of(claim_id: str, *, names: list[str] | None = None) -> Finding:
     rng = np.random.default_rng(sum(map(ord, claim_id)))
     names = names or tensor_names()
     if claim_id.startswith("F-DATA-QUALITY"):
-        values = rng.uniform(0.0, 0.4, len(names))
-        rows = [{"tensor": n, "measured": float(v), "limit": 0.5} for n, v in zip(names, values, strict=True)]
-        arrays = {"value": values, "limit": np.full(len(names), 0.5), "tensor": np.array([n[:60] for n in names])}
-        return Finding(0.0, 38, 38, rows=rows, arrays=arrays, detail="38 tensors, 4 counter-examples caught")
+        rows = [
+            {"on": "counter-example", "what": "zeroed embedding", "measured": 1, "limit": 1, "outcome": "caught"},
+            {"on": "counter-example", "what": names[0], "measured": 1, "limit": 1, "outcome": "caught"},
+        ]
+        arrays = {"measured": rng.uniform(0.0, 40, 38), "limit": np.array([50.0, 80.0])}
+        return Finding(0.0, 40, 40, rows=rows, arrays=arrays, detail="2 of 2 counter-examples caught")
     if claim_id in ("F-PAR-002", "F-PAR-010"):
-        values = rng.lognormal(-14.5, 0.5, len(names))
-        rows = [{"name": n, "rel_l2": float(v), "max_abs": float(3 * v)} for n, v in zip(names, values, strict=True)]
-        return Finding(float(values.max()), 38, 38, rows=rows, reference="plain float64", noise_floor=1.2e-7)
-    if claim_id in ("F-GT-002", "F-GT-008", "F-PAR-001", "F-PAR-003"):
-        values = rng.lognormal(-15, 0.4, 63)
-        values[:3] = 0
-        value = 0.0 if claim_id == "F-GT-002" else float(values.max())
-        return Finding(value, 63, 63, arrays={"position": np.arange(63), "rel_l2": values}, reference="plain float64")
-    if claim_id == "F-PAR-004":
-        return Finding(3e-13, 63, 63, arrays={"kl": rng.lognormal(-30, 1, 63)})
+        values = rng.lognormal(-14.5, 0.5, (len(names), 63))
+        worst = values.max(axis=1)
+        rows = [{"name": n, "rel_l2": float(v), "position": 4} for n, v in zip(names, worst, strict=True)]
+        arrays = {"position": np.arange(63), "name": np.array(names), "rel_l2": values}
+        return Finding(float(values.max()), 38, 38, rows=rows, arrays=arrays, reference="float64", noise_floor=1.2e-7)
+    if claim_id in ("F-PAR-001", "F-PAR-003"):
+        values = rng.lognormal(-15, 0.4, (1, 63))
+        values[0, :3] = 0
+        arrays = {"position": np.arange(63), "name": np.array(["logits"]), "rel_l2": values}
+        return Finding(float(values.max()), 63, 63, arrays=arrays, reference="numpy in float64")
+    if claim_id == "F-GT-002":
+        return Finding(0.0, 62, 62, arrays={"rel_l2_gguf": np.zeros(31), "rel_l2_apr": np.zeros(31)})
+    if claim_id == "F-GT-008":
+        return Finding(6e-7, 63, 63, arrays={"rel_l2": rng.lognormal(-15, 0.4, 63)})
+    if claim_id in ("F-PAR-004", "F-PAR-008"):
+        kl = rng.lognormal(-30, 1, 63)
+        arrays = {"position": np.arange(63), "kl": kl, "total_variation": kl**0.5}
+        return Finding(3e-13, 63, 63, arrays=arrays if claim_id == "F-PAR-004" else {**arrays, "kl_copy": kl * 2})
+    if claim_id in ("F-PAR-005", "F-PAR-006", "F-PAR-009"):
+        flipped = np.zeros(63, dtype=bool)
+        flipped[5] = True
+        arrays = {"margin": rng.lognormal(0, 1, 63), "tau": np.full(63, 1e-4), "flipped": flipped}
+        return Finding(float(claim_id == "F-PAR-005"), 63, 63, arrays=arrays)
     if claim_id == "F-THR-006":
-        arrays = {"decode_s_per_token": rng.normal(0.0041, 0.0002, 40), "ceiling_s_per_token": np.array([0.0031])}
-        return Finding(0.76, 40, 40, arrays=arrays, rows=[{"what": "copy bandwidth", "GB/s": 11.3}])
+        arrays = {
+            "decode_s_per_token": rng.normal(0.0041, 0.0002, 40),
+            "prefill_s": rng.normal(0.03, 0.002, 5),
+            "bandwidth_gb_s": rng.normal(11, 0.2, 6),
+        }
+        rows = [{"quantity": "decode_tok_s", "value": 244.0}, {"quantity": "ceiling_tok_s", "value": 320.0}]
+        return Finding(0.76, 40, 40, arrays=arrays, rows=rows)
+    if claim_id == "F-THR-008":
+        arrays = {"slowed_s_per_token": rng.normal(0.0171, 0.0002, 12)}
+        return Finding(1.02, 12, 12, arrays=arrays, rows=[{"delay_s": 0.0123, "shortest_s": 0.0125}])
     claim = next(c for n in NOTEBOOKS for c in claims_of(n) if c.id == claim_id)
     return Finding(claim.threshold if claim.direction == "at_least" else 0.0, 21, 21, detail="3 formats")
 
@@ -106,6 +129,7 @@ class Run:
     folder: Path
     conclusion: Conclusion
     notebooks: dict[str, NotebookStatus]
+    page: str = ""
 
 
 @pytest.fixture
@@ -151,14 +175,16 @@ def build(
 
 def hostile_run(folder: Path) -> Run:
     """A run whose every string from the model is an attack."""
-    text = [h.replace("\ud800", "") for h in HOSTILE]  # declare and record write UTF-8: a lone surrogate cannot get here
-    rows = [{"tensor": n, "measured": 2.0, "limit": 0.5, n[:40]: n} for n in text]
+    text = [
+        h.replace("\ud800", "") for h in HOSTILE
+    ]  # declare and record write UTF-8: a lone surrogate cannot get here
+    rows = [{"on": "subject", "what": n, "measured": 2.0, "limit": 0.5, n[:40]: n} for n in text]
     bad = Finding(
         3.0,
         38,
         38,
         rows=rows,
-        arrays={"value": np.linspace(0, 2, len(text)), "tensor": np.array(text), "limit": np.array([0.5])},
+        arrays={"measured": np.linspace(0, 2, len(text)), "limit": np.array([0.5])},
         missing=text,
         detail=text[0],
         reference=text[1],
@@ -173,7 +199,9 @@ def hostile_run(folder: Path) -> Run:
         lacks=(),
         changes={
             "F-DATA-QUALITY-001": bad,
-            "F-PAR-002": Finding(1.0, 8, 8, rows=[{"name": t[:300], "rel_l2": 1.0} for t in text], whys=[(text[0], text[1])]),
+            "F-PAR-002": Finding(
+                1.0, 8, 8, rows=[{"name": t[:300], "rel_l2": 1.0} for t in text], whys=[(text[0], text[1])]
+            ),
             "F-GT-001": Finding(None, 0, 3, inconclusive=" ".join(text[:9])),
             "F-GT-005": Finding.nothing(NotRun.REFUSED, " ".join(text[:9])),
         },
@@ -225,10 +253,21 @@ def parse() -> Callable[[str], Page]:
     return Page
 
 
-@pytest.fixture
-def hostile(tmp_path: Path) -> Run:
-    """A run whose every string from the model is an attack."""
-    return hostile_run(tmp_path)
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose every string from the model is an attack; its page is written once, for all that only read it."""
+    return _written(hostile_run(tmp_path_factory.mktemp("hostile")))
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of all four notebooks in which nothing is refuted; its page is written once."""
+    return _written(build(tmp_path_factory.mktemp("good")))
+
+
+def _written(run: Run) -> Run:
+    run.page = write_index(run.folder, run.conclusion, notebooks=run.notebooks).read_text(encoding="utf-8")
+    return run
 
 
 @pytest.fixture

@@ -46,7 +46,6 @@ def bypass(raw: RawTensor, geometry: Geometry, stats: TensorStats, checkpoint: C
     weight.raw = raw  # type: ignore[misc]
     weight.stats = stats  # type: ignore[misc]
     weight.bypassed = False  # type: ignore[misc]
-    del weight.raw  # type: ignore[misc]
 
     # a model comes from an admission: not from a path, a checkpoint, or a list of tensors
     run(open_checkpoint("model.safetensors"))  # type: ignore[arg-type]

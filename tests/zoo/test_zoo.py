@@ -119,7 +119,7 @@ def test_an_unmeasured_tensor_makes_a_gate_inconclusive(healthy):
         checkpoint, violations, extras, stats = healthy.checkpoint, (), (), partial
 
     class Partial:
-        refusal, lacks, admission, checkpoint = None, {}, Cut, healthy.checkpoint  # noqa: RUF012
+        refusal, lacks, admission, checkpoint = None, {}, Cut, healthy.checkpoint
 
     verdict, reason = ACTS["F-DATA-QUALITY-001"](Partial).judge()
 
