@@ -1,7 +1,7 @@
 """
 A falsification suite for language-model files: loaders, gates, CPU and GPU inference, and attempts to refute it all.
 
-Public names are resolved on first use: ``import apr_core`` costs milliseconds; torch is imported when a model is loaded.
+Public names are resolved on first use: ``import apr_core`` costs milliseconds; torch comes when a model is loaded.
 """
 
 from __future__ import annotations

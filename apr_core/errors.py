@@ -45,9 +45,15 @@ class AprError(Exception):
     exit_code: ClassVar[Exit] = Exit.UNEXPECTED
 
     def __init__(self, message: str, *, advice: str = "") -> None:
+        message, advice = printable(message), printable(advice)
         super().__init__(f"{message}; {advice}" if advice else message)
         self.message = message
         self.advice = advice
+
+
+def printable(text: str) -> str:
+    """Escape what is not printable: a tensor name from a file must not move a terminal's cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class UsageError(AprError):

@@ -83,3 +83,13 @@ def test_contract_violation_carries_all_and_counts_tensors() -> None:
     assert error.message.startswith("m.apr has 3 contract violations in 2 tensors:\n  gate a\n  gate a\n  gate b")
     assert [str(v) for v in error.violations] == ["gate a", "gate a", "gate b"]
     assert "apr validate" in str(error)
+
+
+def test_control_characters_never_reach_a_terminal() -> None:
+    """A tensor name that holds an escape sequence is printed as text."""
+    from apr_core.errors import FormatError
+
+    error = FormatError(expected="a name", found="x", file="f", tensor="a\x1b[2Jb\u202ec", advice="look")
+
+    assert r"a\x1b[2Jb\u202ec" in str(error)
+    assert "\x1b" not in str(error)

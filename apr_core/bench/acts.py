@@ -255,8 +255,10 @@ def cuda_tokens_are_right(subject: Subject) -> Finding:
     prompt = subject.stimulus(_prompt_length(subject, size.tokens))
     run = measure_decode(cuda, prompt, max_new_tokens=size.tokens, repeats=size.repeats)
     finding = _right_tokens(subject, prompt, run, "the same model on the CPU")
-    return finding if cuda.device.startswith("cuda") else Finding(
-        None, 0, finding.expected, inconclusive=f"the CUDA side ran on {cuda.device}"
+    return (
+        finding
+        if cuda.device.startswith("cuda")
+        else Finding(None, 0, finding.expected, inconclusive=f"the CUDA side ran on {cuda.device}")
     )
 
 

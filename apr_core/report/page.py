@@ -87,7 +87,7 @@ def write_index(folder: Path, conclusion: Conclusion, *, notebooks: Mapping[str,
         FormatError: ``declared.json`` cannot be read.
         ReadWriteError: The page cannot be written.
     """
-    declared = read_declared(folder)
+    declared = _examined(read_declared(folder), conclusion)
     context = {
         "css": Markup((TEMPLATES / "palette.css").read_text("utf-8") + (TEMPLATES / "index.css").read_text("utf-8")),
         "nonce": hashlib.sha256((folder / "declared.json").read_bytes()).hexdigest()[:24],
@@ -187,6 +187,19 @@ def _not_run(conclusion: Conclusion) -> list[dict[str, Any]]:
         }
         for reason, claims in by_reason.items()
     ]
+
+
+def _examined(declared: dict[str, Any], conclusion: Conclusion) -> dict[str, Any]:
+    """Add to what the header said what the notebooks read of the whole file: hash, template, device, refusal."""
+    evidence = [e for _, _, e in conclusion.by_claim.values() if e is not None]
+    found = {
+        "subject": [e.subject for e in evidence],
+        "reference": [e.reference["subject"] for e in evidence if e.reference.get("subject")],
+    }
+    for side, records in found.items():
+        if records and declared[side]:
+            declared[side] = {**declared[side], **{k: v for k, v in records[0].items() if v}}
+    return declared
 
 
 def _subject(record: Mapping[str, Any]) -> dict[str, Any]:

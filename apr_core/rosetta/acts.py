@@ -353,9 +353,7 @@ def _answers(subject: Subject, model: TracedForward, reference: str) -> Finding:
             answer, stopped = "", f"{error.message:.200}"
         right = answer == case["answer"] and stopped == "end"
         wrong += not right
-        rows.append(
-            {"case": str(case["id"]), "right": right, "answer": answer[:200], "expected": case["answer"][:200]}
-        )
+        rows.append({"case": str(case["id"]), "right": right, "answer": answer[:200], "expected": case["answer"][:200]})
         if not right:
             said = f"{answer[:120]!r} (stopped: {stopped}), expected {case['answer'][:120]!r}"
             whys.append((f"What does it answer to {case['id']}?", said))

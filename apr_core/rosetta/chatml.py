@@ -19,7 +19,10 @@ Message = Mapping[str, str]
 
 # Literal text from the system header to the end of the message; a template that computes it has an expression there.
 _DEFAULT_SYSTEM = re.compile(
-    re.escape(START) + r"system(?:\\n|\n)((?:(?!" + re.escape(END) + r"|\{[{%]|[\"']\s*(?:\+|~|\}\}|-\}\})).)+)"
+    re.escape(START)
+    + r"system(?:\\n|\n)((?:(?!"
+    + re.escape(END)
+    + r"|\{[{%]|[\"']\s*(?:\+|~|\}\}|-\}\})).)+)"
     + re.escape(END),
     re.DOTALL,
 )

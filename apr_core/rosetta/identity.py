@@ -116,9 +116,7 @@ def compare_identity(subject: Checkpoint, reference: Checkpoint) -> IdentityDiff
     return IdentityDiff(tuple(fields), tuple(missing))
 
 
-def _configurations(
-    subject: Checkpoint, reference: Checkpoint, sides: tuple[Identity, Identity]
-) -> list[Field]:
+def _configurations(subject: Checkpoint, reference: Checkpoint, sides: tuple[Identity, Identity]) -> list[Field]:
     """Compare the fields that decide the arithmetic; numbers as float32, which is what GGUF keeps."""
     configs: list[Qwen2Config] = []
     for identity in sides:

@@ -28,9 +28,7 @@ class Tampered:
     def new_cache(self) -> Any:
         return self.model.new_cache()
 
-    def forward(
-        self, ids: NDArray[np.int64], cache: Any = None, trace: Trace | None = None
-    ) -> NDArray[np.float32]:
+    def forward(self, ids: NDArray[np.int64], cache: Any = None, trace: Trace | None = None) -> NDArray[np.float32]:
         start = cache.length if cache is not None else 0
         inner = Trace()
         use = self.model.new_cache() if self.stale and cache is not None and start else cache

@@ -79,3 +79,14 @@ def test_hostile_strings(hostile: Any) -> None:
         assert said in message
     assert len(list(root.iter("testcase"))) == len(load_claims()) + 2
     assert json.dumps(message)
+
+
+def test_names_are_cleaned_too(make_run: Callable[..., Any]) -> None:
+    """A declaration that somebody edited cannot break the file either."""
+    run = make_run(diagnosis={"error": "E", "message": "m", "exit_code": 4})
+    path = run.folder / "declared.json"
+    body = json.loads(path.read_text())
+    body["claims"][0]["title"] = "bell \x07 \ufffe"
+    path.write_text(json.dumps(body))
+    root, _ = read(run)
+    assert next(root.iter("testcase")).get("name") == "F-GT-001 bell \\x07 \\ufffe"

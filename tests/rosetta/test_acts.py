@@ -62,9 +62,7 @@ def test_a_gguf_of_the_bundled_model_holds_against_it(pygmy: Path, tmp_path: Pat
         assert judged(claim, subject)[0] is Verdict.CORROBORATED
 
 
-def test_no_canonical_line_holds_a_number_that_differs_from_machine_to_machine(
-    tiny: Path, open_subject: Open
-) -> None:
+def test_no_canonical_line_holds_a_number_that_differs_from_machine_to_machine(tiny: Path, open_subject: Open) -> None:
     """Details are integers and words."""
     subject = open_subject(tiny)
     for claim in ("F-GT-001", "F-GT-002", "F-GT-003", "F-GT-004", "F-GT-005"):
@@ -138,9 +136,7 @@ def test_gt_002_and_003_see_a_changed_rope_base(
     assert judged("F-GT-003", subject)[0] is Verdict.FALSIFIED
 
 
-def test_a_copy_that_is_refused_is_a_finding(
-    pygmy: Path, open_subject: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_that_is_refused_is_a_finding(pygmy: Path, open_subject: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that does not pass the gates refutes what was claimed of it; the notebook does not die of it."""
     write_rope(10000.0, monkeypatch)  # the default of a lost configuration, which a gate knows
     subject = open_subject(pygmy, max_new_tokens=8)

@@ -133,9 +133,7 @@ def test_mismatches(one: list[int], other: list[int], expected: int) -> None:
     assert mismatches(one, other) == mismatches(other, one) == expected
 
 
-def test_a_generation_that_breaks_off_says_so(
-    tiny: Path, open_subject: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_generation_that_breaks_off_says_so(tiny: Path, open_subject: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits that are not finite end the list with a mark that equals nothing."""
     subject = open_subject(tiny)
     model = subject.model
