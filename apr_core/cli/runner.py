@@ -442,7 +442,7 @@ def _write_reports(order: Order, status: dict[str, NotebookStatus]) -> Conclusio
     broken = {name: s.reason for name, s in status.items() if not s.complete}
     conclusion = conclude(order.folder, broken)
     write_summary(order.folder, conclusion, status)
-    write_junit(order.folder, conclusion)
+    write_junit(order.folder, conclusion, status)
     write_index(order.folder, conclusion, notebooks=status)
     return conclusion
 

@@ -62,6 +62,11 @@ class Claim:
         """The threshold as it is printed: ``<= 1e-05``."""
         return f"{'<=' if self.direction == 'at_most' else '>='} {self.threshold:g}"
 
+    @property
+    def suffix(self) -> str:
+        """The unit as it follows a number; counts and ratios have none."""
+        return "" if self.unit in ("count", "1") else f" {self.unit}"
+
     def required(self, reason: NotRun, asked: frozenset[str]) -> bool:
         """
         Say whether not running for ``reason`` leaves a hole in the round.

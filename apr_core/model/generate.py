@@ -191,8 +191,7 @@ class Sampler:
         """Return the next token id; ``seen`` are the ids so far."""
         penalised = scores.astype(np.float64)
         if self._penalty != 1.0:
-            seen = np.unique(seen)  # a token that occurs twice is penalised once
-            chosen = penalised[seen]
+            chosen = penalised[seen]  # read before anything is written: a token that occurs twice is penalised once
             penalised[seen] = np.where(chosen > 0, chosen / self._penalty, chosen * self._penalty)
         if self._temperature == 0:
             return int(penalised.argmax())

@@ -92,7 +92,7 @@ class Attention(Sealed):
         k = rotary(self._heads(self.k_proj(x)))
         v = self._heads(self.v_proj(x))
         for name, heads in (("q", q), ("k", k), ("v", v)):
-            note(trace, f"layers.{self.layer}.{name}", heads.transpose(0, 1).flatten(1))
+            note(trace, f"layers.{self.layer}.{name}", heads.transpose(0, 1))
         k, v = cache.append(self.layer, k, v)
 
         # Query head h reads key-value head h // group: [kv_heads, group, tokens, head_dim] against [kv_heads, 1, ...].
@@ -100,8 +100,8 @@ class Attention(Sealed):
         scores = grouped @ k.unsqueeze(1).transpose(-1, -2) * self.head_dim**-0.5
         earlier = k.shape[1] - tokens
         later = torch.ones(tokens, k.shape[1], dtype=torch.bool, device=x.device).triu(earlier + 1)
-        weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
-        mixed = (weights @ v.unsqueeze(1)).flatten(0, 1)  # [heads, tokens, head_dim]
+        shares = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
+        mixed = (shares @ v.unsqueeze(1)).flatten(0, 1)  # [heads, tokens, head_dim]
 
         out = self.o_proj(mixed.transpose(0, 1).flatten(1))
         note(trace, f"layers.{self.layer}.attn_output", out)
@@ -212,6 +212,6 @@ class Qwen2(Sealed):
 
 
 def note(trace: Trace | None, name: str, values: Tensor) -> None:
-    """Record ``values`` [tokens, dim] when there is a trace; the forward never reads them back."""
+    """Record ``values`` [tokens, ...] as [tokens, dim] when there is a trace; the forward never reads them back."""
     if trace is not None:
-        trace.record(name, values.cpu().numpy())
+        trace.record(name, values.flatten(1).cpu().numpy())

@@ -219,7 +219,7 @@ def prepare_tokens(
         return PreparedTokens(_require_ids(ids, vocabulary), "ids", None, None, _KEY)
     if tokenizer is None:
         raise LoadError(
-            "this model came without a tokenizer, so there is no text for it",
+            "this model came without a tokenizer (or with one that is not supported), so it takes no text",
             advice="give token ids (ids=...), or put tokenizer.json beside the weights",
         )
     if text is not None:

@@ -36,7 +36,7 @@ PROMPT = POSITIONS - FEWEST
 # A share of flips needs more positions than a norm does.
 BUDGET_POSITIONS = 256
 # Tokens that the slow reference reads at once: it decodes every weight anew for each forward.
-CHUNK = 16
+CHUNK = 64
 
 T = TypeVar("T")
 

@@ -319,7 +319,12 @@ def scale_y(ax: Axes, values: Floats, limits: Sequence[float], zero: str = "are 
     """
     known = np.append(values[np.isfinite(values)], limits)
     positive = known[known > 0]
-    if (known < 0).any() or not len(positive) or (positive.max() < 30 * positive.min() and len(positive) == len(known)):
+    near = len(positive) > 0 and positive.max() < 30 * positive.min()
+    if (known < 0).any():
+        return ""
+    if not len(positive) or (near and (len(positive) == len(known) or positive.min() > 0.01)):
+        top = 1.15 * positive.max() if len(positive) else 1.0
+        ax.set_ylim(bottom=-0.05 * top, top=top)
         return ""
     # zeros need a decade of their own; where everything is zero, three below the limit say so
     below = 0 if (known > 0).all() else 1 if len(positive) > 1 else 3

@@ -225,7 +225,7 @@ def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
     [
         ("F-GT-001", {"detail": "2 copies"}, "F-GT-001 CORROBORATED: mismatched_values = 0 over 4 compared; 2 copies"),
         ("F-GT-002", {"value": 1e-9}, "F-GT-002 CORROBORATED: rel_l2 <= 1e-06 over 4 compared"),
-        ("F-GT-001", {"value": 3.0}, "F-GT-001 FALSIFIED: mismatched_values is 3 count, the limit is <= 0"),
+        ("F-GT-001", {"value": 3.0}, "F-GT-001 FALSIFIED: mismatched_values is 3, the limit is <= 0"),
         ("F-GT-001", {"compared": 0}, "F-GT-001 INCONCLUSIVE: nothing was compared"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -110,6 +113,13 @@ def test_a_missing_configuration_says_what_to_do() -> None:
     """No configuration at all is exit 6 with the file to look for."""
     with pytest.raises(LoadError, match=r"config\.json"):
         Qwen2Config.from_mapping(None)
+
+
+def test_the_admitted_tensors_decide_about_the_vocabulary() -> None:
+    """A GGUF may list fewer tokens than its embedding has rows, and what is tied is what is stored."""
+    validated: Any = SimpleNamespace(config=tiny_config(), geometry=SimpleNamespace(vocab_size=400), tied=False)
+    config = Qwen2Config.of(validated)
+    assert (config.vocab_size, config.tie_word_embeddings, config.hidden_size) == (400, False, 64)
 
 
 def test_token_ids_in_each_spelling() -> None:

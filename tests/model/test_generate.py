@@ -234,7 +234,8 @@ def test_the_repetition_penalty_is_the_papers() -> None:
     random = np.random.default_rng(0)
     assert sampler(SCORES, np.array([1, 1, 2]), random) == 0  # 0.75, 0.75 lose against 1.0
     assert sampler(SCORES, np.array([1]), random) == 2
-    assert sampler(-SCORES, np.array([3]), random) == 4 if -SCORES[4] > 2 / 4 else 3
+    negative = Sampler(0.0, None, None, 2.0)
+    assert negative(np.array([-1.0, -1.5, -9.0], np.float32), np.array([0]), random) == 1  # -2 loses against -1.5
     assert SCORES.tolist() == [1.0, 3.0, 3.0, -2.0, 0.5]
 
 

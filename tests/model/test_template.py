@@ -89,6 +89,8 @@ DOUBLING = "{% set ns = namespace(x='x' * 9) %}{% for i in range(64) %}{% set ns
 NEST = "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
 EXPLOSIONS = {
     "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "loops without calls": "{% set r = range(9999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+    "shared list as text": NEST + "{{ ns.x | string | length }}",
     "range": "{% for a in range(10 ** 12) %}{% endfor %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "output": "{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}",

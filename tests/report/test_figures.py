@@ -271,6 +271,7 @@ def test_decimation_keeps_the_extremes() -> None:
         ([1e-7, 2e-7], [1e-5], "log"),
         ([0.0, 0.0], [1e-5], "log"),
         ([0.0, 0.0], [0.0], "linear"),
+        ([0.0, 0.0], [50.0, 80.0], "linear"),
         ([-1.0, 100.0], [], "linear"),
     ],
 )
@@ -281,6 +282,9 @@ def test_scale(values: list[float], limits: list[float], scale: str) -> None:
         axes.plot(values, "o")
         scale_y(axes, np.array(values), limits)
     assert axes.get_yscale() == scale
+    low, high = axes.get_ylim()
+    assert low <= min(values) or min(values) == 0
+    assert high >= max(values)
 
 
 def test_labels_fit_every_font(strings: tuple[str, ...]) -> None:

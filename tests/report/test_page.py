@@ -279,3 +279,18 @@ def test_status_is_plain() -> None:
     status = NotebookStatus(1.5, True)
     assert (status.reason, status.html) == ("", None)
     assert len(NOTEBOOKS) == len({c.notebook for n in NOTEBOOKS for c in claims_of(n)})
+
+
+def test_what_the_notebooks_read_completes_what_the_header_said(good: Any, parse: Callable[[str], Any]) -> None:
+    """The preflight reads headers only: hash and device come from the evidence."""
+    path = good.folder / "declared.json"
+    whole = path.read_text(encoding="utf-8")
+    declared = json.loads(whole)
+    known = next(e for _, _, e in good.conclusion.by_claim.values() if e is not None).subject
+    declared["subject"] |= {"sha256": "", "device": ""}
+    path.write_text(json.dumps(declared), encoding="utf-8")
+
+    page = write(good)
+    path.write_text(whole, encoding="utf-8")  # the run is shared with other tests
+
+    assert known["sha256"] in parse(page).text
