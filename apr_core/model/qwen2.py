@@ -91,8 +91,10 @@ class Attention(Sealed):
         q = rotary(self._heads(self.q_proj(x)))
         k = rotary(self._heads(self.k_proj(x)))
         v = self._heads(self.v_proj(x))
-        for name, heads in (("q", q), ("k", k), ("v", v)):
-            note(trace, f"layers.{self.layer}.{name}", heads.transpose(0, 1))
+        q, k, v = (
+            note(trace, f"layers.{self.layer}.{name}", heads.transpose(0, 1)).transpose(0, 1)
+            for name, heads in (("q", q), ("k", k), ("v", v))
+        )
         k, v = cache.append(self.layer, k, v)
 
         # Query head h reads key-value head h // group: [kv_heads, group, tokens, head_dim] against [kv_heads, 1, ...].
@@ -103,9 +105,7 @@ class Attention(Sealed):
         shares = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
         mixed = (shares @ v.unsqueeze(1)).flatten(0, 1)  # [heads, tokens, head_dim]
 
-        out = self.o_proj(mixed.transpose(0, 1).flatten(1))
-        note(trace, f"layers.{self.layer}.attn_output", out)
-        return out
+        return note(trace, f"layers.{self.layer}.attn_output", self.o_proj(mixed.transpose(0, 1).flatten(1)))
 
     def _heads(self, x: Tensor) -> Tensor:
         """Split [tokens, heads * head_dim] into [heads, tokens, head_dim]."""
@@ -140,10 +140,9 @@ class DecoderLayer(Sealed):
     def __call__(self, x: Tensor, rotary: Rotary, cache: KVCache, trace: Trace | None) -> Tensor:
         """Map the residual [tokens, hidden_size] to the next one."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, trace)
-        note(trace, f"layers.{self.layer}.resid_attn", x)
+        x = note(trace, f"layers.{self.layer}.resid_attn", x)
         x = x + self.mlp(self.post_attention_layernorm(x))
-        note(trace, f"layers.{self.layer}.resid_ffn", x)
-        return x
+        return note(trace, f"layers.{self.layer}.resid_ffn", x)
 
 
 class Qwen2(Sealed):
@@ -201,17 +200,21 @@ class Qwen2(Sealed):
         x = self.embed_tokens(torch.tensor(ids, device=self.torch_device))
         for layer in self.layers:
             x = layer(x, rotary, cache, trace)
-        x = self.norm(x)
-        note(trace, "final_hidden", x)
-        logits = self.lm_head(x)
-        note(trace, "logits", logits)
+        x = note(trace, "final_hidden", self.norm(x))
+        logits = note(trace, "logits", self.lm_head(x))
 
         cache.advance(ids.size)
         result: NDArray[np.float32] = logits.cpu().numpy()
         return result
 
 
-def note(trace: Trace | None, name: str, values: Tensor) -> None:
-    """Record ``values`` [tokens, ...] as [tokens, dim] when there is a trace; the forward never reads them back."""
-    if trace is not None:
-        trace.record(name, values.flatten(1).cpu().numpy())
+def note(trace: Trace | None, name: str, values: Tensor) -> Tensor:
+    """
+    Record ``values`` [tokens, ...] as [tokens, dim] when there is a trace; return what the forward goes on with.
+
+    That is ``values`` itself, but for a fault that is planted through ``engines.wrap``.
+    """
+    if trace is None:
+        return values
+    planted = trace.record(name, values.flatten(1).cpu().numpy())
+    return values if planted is None else torch.tensor(planted, device=values.device).reshape(values.shape)

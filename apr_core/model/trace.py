@@ -43,9 +43,13 @@ class Trace(Mapping[str, NDArray[np.float32]]):
     def __init__(self) -> None:
         self._arrays: dict[str, NDArray[np.float32]] = {}
 
-    def record(self, name: str, values: NDArray[np.floating[Any]]) -> None:
+    def record(self, name: str, values: NDArray[np.floating[Any]]) -> NDArray[np.float32] | None:
         """
         Copy ``values`` into the trace.
+
+        Returns:
+            None: the forward goes on with its own values. Only the tap of ``engines.wrap``, through which faults are
+            planted, returns others in their place.
 
         Raises:
             ValueError: The name is taken (a trace holds one forward; a second one would overwrite the evidence of the
@@ -58,6 +62,7 @@ class Trace(Mapping[str, NDArray[np.float32]]):
         array = np.array(values, dtype=np.float32, order="C")
         array.flags.writeable = False
         self._arrays[name] = array
+        return None
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         return self._arrays[name]
