@@ -7,11 +7,11 @@ Each gate has at least two recipes that it must refuse; a recipe close to a limi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from apr_core.zoo.draft import Draft
+from apr_core.zoo.registry import Benign, Defect, Recipe
 
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -21,37 +21,6 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 K = "model.layers.0.self_attn.k_proj.weight"
 K_BIAS = "model.layers.1.self_attn.k_proj.bias"
 V_BIAS = "model.layers.0.self_attn.v_proj.bias"
-
-Recipe = Callable[[Draft], None]
-
-
-@dataclass(frozen=True)
-class Defect:
-    """
-    One planted fault.
-
-    Attributes:
-        id: Stable name.
-        gate: The gate that must refuse it.
-        what: What was done, in a phrase.
-        source: The round of the specification or the public thread that it reproduces.
-        recipe: Damages a draft in place.
-    """
-
-    id: str
-    gate: str
-    what: str
-    source: str
-    recipe: Recipe
-
-
-@dataclass(frozen=True)
-class Benign:
-    """A legal oddity that must raise no alarm."""
-
-    id: str
-    what: str
-    recipe: Recipe
 
 
 def _zero_share(name: str, share: float) -> Recipe:
@@ -156,111 +125,293 @@ def _reverse_order(draft: Draft) -> None:
     draft.weights = dict(reversed(draft.weights.items()))
 
 
+def _twin(klass: str, cause: str, id_: str, gate: str, what: str, source: str, recipe: Recipe) -> Defect:
+    """A counter-example of one gate."""
+    return Defect(id_, klass, what, source, cause, (gate,), recipe=recipe, twin=True)
+
+
+def _legal(id_: str, what: str, recipe: Recipe) -> Benign:
+    """A benign twin of the gates."""
+    return Benign(id_, what, recipe, twin=True)
+
+
 DEFECTS: tuple[Defect, ...] = (
-    Defect(
+    _twin(
+        "zeroed-embedding",
+        "missing-data",
         "embedding-945-zero",
         "F-DATA-QUALITY-001",
         "94.5 % of the embedding is zero",
         "round 51",
         _zero_share(EMBED, 0.945),
     ),
-    Defect(
+    _twin(
+        "zeroed-embedding",
+        "missing-data",
         "embedding-51-zero",
         "F-DATA-QUALITY-001",
         "51 % of the embedding is zero",
         "round 51",
         _scatter_zeros(EMBED, 0.51),
     ),
-    Defect(
-        "down-999-zero", "F-DATA-QUALITY-001", "99.9 % of down_proj is zero", "round 52", _scatter_zeros(DOWN, 0.999)
+    _twin(
+        "zeroed-weight",
+        "missing-data",
+        "down-999-zero",
+        "F-DATA-QUALITY-001",
+        "99.9 % of down_proj is zero",
+        "round 52",
+        _scatter_zeros(DOWN, 0.999),
     ),
-    Defect("q-81-zero", "F-DATA-QUALITY-001", "81 % of q_proj is zero", "round 51", _scatter_zeros(Q, 0.81)),
-    Defect("down-nan", "F-DATA-QUALITY-002", "one NaN in down_proj", "round 51", _poke(DOWN, float("nan"))),
-    Defect("norm-inf", "F-DATA-QUALITY-002", "one Inf in the final norm", "round 51", _poke(NORM, float("inf"))),
-    Defect(
-        "bias-minus-inf", "F-DATA-QUALITY-002", "one -Inf in a bias", "llama.cpp 7311", _poke(V_BIAS, float("-inf"))
+    _twin(
+        "zeroed-weight",
+        "missing-data",
+        "q-81-zero",
+        "F-DATA-QUALITY-001",
+        "81 % of q_proj is zero",
+        "round 51",
+        _scatter_zeros(Q, 0.81),
     ),
-    Defect("k-bias-zero", "F-DATA-QUALITY-003", "a k bias is all zero", "entrenar 258", _fill(K_BIAS, 0.0)),
-    Defect("down-zero", "F-DATA-QUALITY-003", "down_proj is all zero", "aprender 2337", _fill(DOWN, 0.0)),
-    Defect("q-constant", "F-DATA-QUALITY-003", "q_proj is constant", "round 51", _fill(Q, 0.01)),
-    Defect("norm-tiny", "F-DATA-QUALITY-003", "the final norm is 1e-9 throughout", "round 51", _fill(NORM, 1e-9)),
-    Defect(
+    _twin(
+        "nan",
+        "tensor-values",
+        "down-nan",
+        "F-DATA-QUALITY-002",
+        "one NaN in down_proj",
+        "round 51",
+        _poke(DOWN, float("nan")),
+    ),
+    _twin(
+        "inf",
+        "tensor-values",
+        "norm-inf",
+        "F-DATA-QUALITY-002",
+        "one Inf in the final norm",
+        "round 51",
+        _poke(NORM, float("inf")),
+    ),
+    _twin(
+        "inf",
+        "tensor-values",
+        "bias-minus-inf",
+        "F-DATA-QUALITY-002",
+        "one -Inf in a bias",
+        "llama.cpp 7311",
+        _poke(V_BIAS, float("-inf")),
+    ),
+    _twin(
+        "zeroed-bias",
+        "missing-data",
+        "k-bias-zero",
+        "F-DATA-QUALITY-003",
+        "a k bias is all zero",
+        "entrenar 258",
+        _fill(K_BIAS, 0.0),
+    ),
+    _twin(
+        "zeroed-weight",
+        "missing-data",
+        "down-zero",
+        "F-DATA-QUALITY-003",
+        "down_proj is all zero",
+        "aprender 2337",
+        _fill(DOWN, 0.0),
+    ),
+    _twin(
+        "constant-tensor",
+        "tensor-values",
+        "q-constant",
+        "F-DATA-QUALITY-003",
+        "q_proj is constant",
+        "round 51",
+        _fill(Q, 0.01),
+    ),
+    _twin(
+        "vanished-norm",
+        "tensor-values",
+        "norm-tiny",
+        "F-DATA-QUALITY-003",
+        "the final norm is 1e-9 throughout",
+        "round 51",
+        _fill(NORM, 1e-9),
+    ),
+    _twin(
+        "dead-rows",
+        "missing-data",
         "row-10-dead",
         "F-DATA-QUALITY-004",
         "the row at 10 % of the vocabulary is zero",
         "round 51",
         _zero_row(EMBED, 10),
     ),
-    Defect("row-50-dead", "F-DATA-QUALITY-004", "the row at 50 % is zero", "round 51", _zero_row(EMBED, 50)),
-    Defect("row-90-dead", "F-DATA-QUALITY-004", "the row at 90 % is zero", "round 51", _zero_row(EMBED, 90)),
-    Defect(
+    _twin(
+        "dead-rows",
+        "missing-data",
+        "row-50-dead",
+        "F-DATA-QUALITY-004",
+        "the row at 50 % is zero",
+        "round 51",
+        _zero_row(EMBED, 50),
+    ),
+    _twin(
+        "dead-rows",
+        "missing-data",
+        "row-90-dead",
+        "F-DATA-QUALITY-004",
+        "the row at 90 % is zero",
+        "round 51",
+        _zero_row(EMBED, 90),
+    ),
+    _twin(
+        "reversed-shape",
+        "layout",
         "embedding-reversed",
         "F-LAYOUT-CONTRACT-001",
         "the embedding is [hidden, vocabulary]",
         "round 46",
         _reshape(EMBED, lambda s: s[::-1]),
     ),
-    Defect(
+    _twin(
+        "reversed-shape",
+        "layout",
         "down-reversed",
         "F-LAYOUT-CONTRACT-001",
         "down_proj is [intermediate, hidden]",
         "round 46",
         _reshape(DOWN, lambda s: s[::-1]),
     ),
-    Defect("k-short", "F-LAYOUT-CONTRACT-001", "k_proj lacks a row", "aprender 2378", _cut(K, -1)),
-    Defect("q-empty", "F-LAYOUT-CONTRACT-001", "q_proj has shape [0, hidden]", "transformers 20082", _cut(Q, 0)),
-    Defect(
+    _twin(
+        "short-tensor", "layout", "k-short", "F-LAYOUT-CONTRACT-001", "k_proj lacks a row", "aprender 2378", _cut(K, -1)
+    ),
+    _twin(
+        "empty-placeholder",
+        "layout",
+        "q-empty",
+        "F-LAYOUT-CONTRACT-001",
+        "q_proj has shape [0, hidden]",
+        "transformers 20082",
+        _cut(Q, 0),
+    ),
+    _twin(
+        "wrong-head-shape",
+        "layout",
         "head-transposed",
         "F-LAYOUT-CONTRACT-002",
         "the untied head is [hidden, vocabulary]",
         "round 48",
         _transposed_head,
     ),
-    Defect("head-short", "F-LAYOUT-CONTRACT-002", "the untied head lacks a token", "peers N9", _short_head),
-    Defect(
-        "head-foreign", "F-LAYOUT-CONTRACT-002", "a random head beside a tied embedding", "slime 345", _untie_with_noise
+    _twin(
+        "wrong-head-shape",
+        "layout",
+        "head-short",
+        "F-LAYOUT-CONTRACT-002",
+        "the untied head lacks a token",
+        "peers N9",
+        _short_head,
     ),
-    Defect("norm-short", "F-LAYOUT-CONTRACT-003", "the final norm lacks an element", "aprender 2378", _cut(NORM, -1)),
-    Defect("bias-short", "F-LAYOUT-CONTRACT-003", "a k bias has half its length", "aprender 2378", _cut(K_BIAS, 64)),
-    Defect(
+    _twin(
+        "foreign-head",
+        "tensor-values",
+        "head-foreign",
+        "F-LAYOUT-CONTRACT-002",
+        "a random head beside a tied embedding",
+        "slime 345",
+        _untie_with_noise,
+    ),
+    _twin(
+        "short-vector",
+        "layout",
+        "norm-short",
+        "F-LAYOUT-CONTRACT-003",
+        "the final norm lacks an element",
+        "aprender 2378",
+        _cut(NORM, -1),
+    ),
+    _twin(
+        "short-vector",
+        "layout",
+        "bias-short",
+        "F-LAYOUT-CONTRACT-003",
+        "a k bias has half its length",
+        "aprender 2378",
+        _cut(K_BIAS, 64),
+    ),
+    _twin(
+        "vector-axes",
+        "layout",
         "norm-two-axes",
         "F-LAYOUT-CONTRACT-003",
         "the final norm is [1, hidden]",
         "round 46",
         _reshape(NORM, lambda s: (1, *s)),
     ),
-    Defect("bias-dropped", "F-ARCH-COMPLETE-001", "one k bias is missing", "entrenar 258", _drop(K_BIAS)),
-    Defect(
+    _twin(
+        "dropped-bias",
+        "naming",
+        "bias-dropped",
+        "F-ARCH-COMPLETE-001",
+        "one k bias is missing",
+        "entrenar 258",
+        _drop(K_BIAS),
+    ),
+    _twin(
+        "dropped-bias",
+        "naming",
         "biases-dropped",
         "F-ARCH-COMPLETE-001",
         "all q, k and v biases are missing",
         "entrenar 258",
         _drop_all("proj.bias"),
     ),
-    Defect("norm-dropped", "F-ARCH-COMPLETE-001", "the final norm is missing", "peers F3", _drop(NORM)),
-    Defect(
+    _twin(
+        "dropped-tensor",
+        "naming",
+        "norm-dropped",
+        "F-ARCH-COMPLETE-001",
+        "the final norm is missing",
+        "peers F3",
+        _drop(NORM),
+    ),
+    _twin(
+        "dropped-head",
+        "naming",
         "head-dropped",
         "F-ARCH-COMPLETE-001",
         "untied, but no head is stored",
         "slime 345",
         _config("tie_word_embeddings", False),
     ),
-    Defect(
+    _twin(
+        "lost-rope-base",
+        "configuration",
         "theta-lost",
         "F-CONFIG-PLAUSIBLE-001",
         "rope_theta fell back to 10000",
         "bug 210",
         _config("rope_theta", 10000.0),
     ),
-    Defect("eps-huge", "F-CONFIG-PLAUSIBLE-001", "rms_norm_eps is 0.1", "peers N10", _config("rms_norm_eps", 0.1)),
-    Defect(
+    _twin(
+        "wrong-epsilon",
+        "configuration",
+        "eps-huge",
+        "F-CONFIG-PLAUSIBLE-001",
+        "rms_norm_eps is 0.1",
+        "peers N10",
+        _config("rms_norm_eps", 0.1),
+    ),
+    _twin(
+        "wrong-context",
+        "configuration",
         "context-zero",
         "F-CONFIG-PLAUSIBLE-001",
         "a context of 1 token",
         "apr qa 4.2",
         _config("max_position_embeddings", 1),
     ),
-    Defect(
+    _twin(
+        "wrong-vocabulary",
+        "configuration",
         "vocabulary-off",
         "F-CONFIG-PLAUSIBLE-001",
         "vocab_size is one more than there are rows",
@@ -270,24 +421,24 @@ DEFECTS: tuple[Defect, ...] = (
 )
 
 BENIGN: tuple[Benign, ...] = (
-    Benign("norms-one", "all norms are 1.0", _fill(NORM, 1.0)),
-    Benign("embedding-49-zero", "49 % of the embedding is zero, no row dead", _scatter_zeros(EMBED, 0.49)),
-    Benign("weight-79-zero", "79 % of q_proj is zero", _scatter_zeros(Q, 0.79)),
-    Benign("bias-90-zero", "90 % of a bias is zero", _scatter_zeros(V_BIAS, 0.90)),
-    Benign("dead-row-elsewhere", "a padded row of the vocabulary is zero", _zero_row(EMBED, 99)),
-    Benign(
+    _legal("norms-one", "all norms are 1.0", _fill(NORM, 1.0)),
+    _legal("embedding-49-zero", "49 % of the embedding is zero, no row dead", _scatter_zeros(EMBED, 0.49)),
+    _legal("weight-79-zero", "79 % of q_proj is zero", _scatter_zeros(Q, 0.79)),
+    _legal("bias-90-zero", "90 % of a bias is zero", _scatter_zeros(V_BIAS, 0.90)),
+    _legal("dead-row-elsewhere", "a padded row of the vocabulary is zero", _zero_row(EMBED, 99)),
+    _legal(
         "head-stored",
         "a tied head is stored as well (291 tensors for 0.5B)",
         lambda d: d.add(HEAD, d.weights[EMBED].copy()),
     ),
-    Benign("order", "tensors in another order", _reverse_order),
-    Benign("as-f16", "F16 instead of BF16", _as_dtype("F16")),
-    Benign("as-f32", "F32 instead of BF16", _as_dtype("F32")),
-    Benign(
+    _legal("order", "tensors in another order", _reverse_order),
+    _legal("as-f16", "F16 instead of BF16", _as_dtype("F16")),
+    _legal("as-f32", "F32 instead of BF16", _as_dtype("F32")),
+    _legal(
         "metadata", "other metadata", lambda d: d.metadata.update({"format": "pt", "note": "NaN and inf are words"})
     ),
-    Benign("long-context", "a context of 131072", _config("max_position_embeddings", 131072)),
-    Benign(
+    _legal("long-context", "a context of 131072", _config("max_position_embeddings", 131072)),
+    _legal(
         "extra-tensor",
         "an unknown tensor",
         lambda d: d.add("rotary_emb.inv_freq", np.linspace(1, 0.01, 32, dtype=np.float32), "F32"),
