@@ -433,9 +433,5 @@ def _flip_line(row: dict[str, object]) -> str:
     return f"token {row['step']}: {row['candidate']} instead of {row['reference']}, margin {row['margin']:.3g} nat"
 
 
-def _name(subject: Subject | None) -> str:
-    return str(subject.path) if subject is not None else ""
-
-
 def _bits(values: NDArray[np.float32]) -> NDArray[np.uint32]:
     return np.ascontiguousarray(values, np.float32).view(np.uint32)
