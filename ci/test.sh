@@ -19,4 +19,5 @@ part mypy mypy
 part layers lint-imports
 part pytest pytest -q -m "not slow and not browser" --ignore=tests/attacks --cov --cov-report=term:skip-covered
 part attacks pytest -q tests/attacks
+part zoo python -m apr_core zoo matrix --quick --out "$(mktemp -d)" pygmy
 part nbval pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 240 -p no:cacheprovider notebooks

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from apr_core.cli import zoo
 from apr_core.errors import UsageError
 
 SkipContract = Annotated[
@@ -25,6 +26,7 @@ def register(app: typer.Typer) -> None:
     for command in (run, inspect, validate, qa, synth):
         app.command()(command)
     app.command(cls=Suite)(suite)
+    app.add_typer(zoo.app, name="zoo")
 
 
 def _skips(context: typer.Context, here: bool) -> bool:

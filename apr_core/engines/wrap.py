@@ -21,8 +21,8 @@ class At(NamedTuple):
     traced: bool
 
 
-# (name, values float32 [tokens, dim], at) -> what goes on instead, or None for the values themselves. Names are those of
-# a trace, in order of computation; "ids" comes first, as float32 [tokens, 1].
+# (name, values float32 [tokens, dim], at) -> what goes on instead, or None for the values themselves. Names are those
+# of a trace, in order of computation; "ids" comes first, as float32 [tokens, 1].
 Hook = Callable[[str, NDArray[np.float32], At], NDArray[np.float32] | None]
 
 

@@ -31,6 +31,8 @@ from apr_core.falsify.verdict import Verdict
 SCHEMA = 1
 MAX_ROWS = 120
 MAX_BYTES = 100_000
+# The fields of a claim that a verdict rests on; wording may be improved without a new version.
+DECIDES = ("version", "metric", "unit", "direction", "threshold")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,40 @@ class Evidence:
             with np.load(path) as npz:
                 out.update({k: npz[k] for k in npz.files})
         return out
+
+
+def contradiction(evidence: Evidence) -> str:
+    """
+    Say where a record contradicts itself, its arrays or the claims table; empty when it does not.
+
+    A verdict is a function of what was measured: one that was edited by hand, or judged by other limits, shows here.
+
+    Raises:
+        FormatError: An attached array file is not the one that was written.
+    """
+    try:
+        claim, measured, coverage = load_claims()[evidence.id], evidence.measured, evidence.coverage
+        for key in DECIDES:
+            if evidence.claim[key] != getattr(claim, key):
+                return f"{key} is {evidence.claim[key]!r}, in the claims table {getattr(claim, key)!r}"
+        if measured["required_tolerance"] != _required_tolerance(claim, measured["value"]):
+            return f"value {measured['value']}, but the tolerance that it requires is {measured['required_tolerance']}"
+        evidence.arrays()
+        found = Finding(
+            value=measured["value"],
+            compared=coverage["compared"],
+            expected=coverage["expected"],
+            nonfinite=coverage["nonfinite"],
+            missing=coverage["missing"],
+            claim=evidence.id,
+        )
+        tried = found.value is not None or found.compared > 0
+        judged, _ = found.judge(bypassed=evidence.subject["bypassed"])
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    if evidence.verdict is Verdict.INCONCLUSIVE or (evidence.verdict is Verdict.NOT_RUN and not tried):
+        return "" if evidence.reason else f"{evidence.verdict} without a reason"
+    return "" if evidence.verdict is judged else f"{evidence.verdict}, but what was measured is {judged}"
 
 
 def new_attempt_id() -> str:

@@ -76,7 +76,8 @@ class Finding:
         if self.nonfinite or self.value is None or not math.isfinite(self.value):
             return Verdict.FALSIFIED, f"{self.nonfinite or 1} of {self.compared} values are not finite"
         if not holds(self.value, claim.direction, claim.threshold):
-            return Verdict.FALSIFIED, f"{claim.metric} is {self.value:.3g}{claim.suffix}, the limit is {claim.limit}"
+            number = f"{self.value:.0f}" if claim.unit == "count" else f"{self.value:.3g}"
+            return Verdict.FALSIFIED, f"{claim.metric} is {number}{claim.suffix}, the limit is {claim.limit}"
         if self.compared < self.expected or self.missing:
             named = ", ".join(list(self.missing)[:3])
             return Verdict.INCONCLUSIVE, f"compared {self.compared} of {self.expected}; missing: {named or 'unnamed'}"

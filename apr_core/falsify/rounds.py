@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from apr_core.errors import Exit, FormatError, UsageError
-from apr_core.falsify.claims import Claim, claims_of, load_claims
-from apr_core.falsify.evidence import Evidence, SubjectRecord, make_evidence, read_evidence, read_folder, write_evidence
+from apr_core.falsify.claims import PINNED, Claim, claims_of, load_claims, threshold_digest
+from apr_core.falsify.evidence import (
+    DECIDES,
+    Evidence,
+    SubjectRecord,
+    contradiction,
+    make_evidence,
+    read_evidence,
+    read_folder,
+    write_evidence,
+)
 from apr_core.falsify.finding import Finding
-from apr_core.falsify.verdict import NotRun, Verdict
+from apr_core.falsify.verdict import NEEDS, NotRun, Verdict
 
 # Several attempts at one claim (merged runs): the worst that was really tried speaks.
 _WORST_FIRST = (Verdict.FALSIFIED, Verdict.INCONCLUSIVE, Verdict.CORROBORATED, Verdict.NOT_RUN)
@@ -147,14 +156,24 @@ def declare(
 
 
 def read_declared(folder: Path) -> dict[str, Any]:
-    """Read ``declared.json`` back; a missing or broken one is an error."""
+    """
+    Read ``declared.json`` back.
+
+    Raises:
+        FormatError: It is missing or broken, or declares less, or other limits, than its notebooks argue.
+    """
     path = folder / "declared.json"
     try:
         body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        [(load_claims()[c["id"]], int(c["severity"])) for c in body["claims"]]
+        rows = {c["id"]: c for c in body["claims"]}
+        missing = [c.id for n in body["notebooks"] for c in claims_of(n) if c.id not in rows]
+        fixed = (*DECIDES, "severity")
+        moved = [k for k, c in rows.items() if any(c[f] != getattr(load_claims()[k], f) for f in fixed)]
+        if missing or moved or len(rows) < len(body["claims"]):
+            raise ValueError(f"claims left out: {missing}, other than in the table: {moved}, or declared twice")
         [body[key] for key in ("asked", "notebooks", "subject", "reference", "parameters", "provenance")]
-        if body["diagnosis"]:
-            (body["diagnosis"]["message"], Exit(body["diagnosis"]["exit_code"]))
+        if body["diagnosis"] and not (body["diagnosis"]["message"] and Exit(body["diagnosis"]["exit_code"])):
+            raise ValueError("a diagnosis without a message or with exit code 0")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FormatError(
             expected="declared.json of a run", found=f"{type(error).__name__}: {error}", file=path, advice="run again"
@@ -171,10 +190,22 @@ def conclude(folder: Path, broken: Mapping[str, str] | None = None) -> Conclusio
         broken: Notebook -> why it did not complete (raised, died, timed out, left cells unexecuted).
 
     Raises:
-        FormatError: ``declared.json`` or an evidence file cannot be read.
+        FormatError: ``declared.json`` or an evidence file cannot be read, evidence contradicts itself or its run, or
+            the thresholds were edited without a version.
     """
+    if threshold_digest() != PINNED:
+        raise FormatError(
+            expected=f"thresholds of digest {PINNED:.12}",
+            found=f"{threshold_digest():.12}",
+            file=folder,
+            advice="raise the version of the claim that was edited, write a decision note, pin the new digest",
+        )
     declared = read_declared(folder)
     evidence = read_folder(folder / "evidence")
+    if why := _foreign(evidence, declared):
+        raise FormatError(
+            expected="evidence that agrees with itself and its run", found=why, file=folder, advice="run again"
+        )
     asked = frozenset(declared["asked"])
     by_claim: dict[str, tuple[Verdict, str, Evidence | None]] = {}
     holes: list[str] = []
@@ -190,6 +221,23 @@ def conclude(folder: Path, broken: Mapping[str, str] | None = None) -> Conclusio
         if e.verdict is Verdict.FALSIFIED:
             by_claim.setdefault(e.id, (e.verdict, e.reason, e))
     return _verdict(declared, by_claim, holes, broken or {})
+
+
+def _foreign(evidence: Sequence[Evidence], declared: Mapping[str, Any]) -> str:
+    """Say which record cannot belong to this run as it stands; empty when all can."""
+    bypassed = bool(declared["subject"]["bypassed"])
+    for e in evidence:
+        why = contradiction(e)
+        if not why and bypassed and e.verdict is Verdict.CORROBORATED:
+            why = "CORROBORATED in a run that bypassed the contract"
+        if why:
+            return f"{e.id}, attempt {e.attempt}: {why}"
+    # The file changed while it was examined, or the record of another model was copied in.
+    for side in ([declared["subject"], *(e.subject for e in evidence)], [e.reference["subject"] for e in evidence]):
+        hashes = sorted({str(s["sha256"]) for s in side if s and s["sha256"]})
+        if len(hashes) > 1:
+            return f"evidence about {len(hashes)} different files: {', '.join(h[:12] for h in hashes)}"
+    return ""
 
 
 def _speaks(
@@ -212,8 +260,10 @@ def _is_hole(claim: Claim, verdict: Verdict, reason: str, chosen: Evidence | Non
         return False
     if chosen is None:
         return True
-    why = next((r for r in NotRun if reason.startswith(r)), None)
-    return why is None or claim.required(why, asked)  # a reason outside the closed list excuses nothing
+    # Only what the claim itself needs excuses it, in the very words of the list: an error text behind them, or a device
+    # that it never asks for, does not. A refusal excuses nothing either: where it is real, a gate is FALSIFIED.
+    why = next((NEEDS[need] for need in claim.needs if NEEDS[need] == reason), None)
+    return why is None or claim.required(why, asked)
 
 
 def _verdict(
@@ -233,7 +283,9 @@ def _verdict(
     if refuted:
         verdict, reason, code = Verdict.FALSIFIED, f"refuted: {', '.join(refuted)}", Exit.REFUTED
     elif open_ or holes or not executed:
-        what = f"undecided: {', '.join(open_)}" if open_ else f"not run: {', '.join(holes) or 'every claim'}"
+        what = (
+            f"undecided: {', '.join(open_)}" if open_ else f"not run: {', '.join(holes) if executed else 'every claim'}"
+        )
         verdict, reason, code = Verdict.INCONCLUSIVE, what, Exit.INCONCLUSIVE
     else:
         left = counts[Verdict.NOT_RUN]

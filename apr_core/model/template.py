@@ -17,7 +17,8 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import lru_cache, wraps
+from types import CodeType
 from typing import Any, NoReturn
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes, pass_context
@@ -109,7 +110,7 @@ class _Budgeted(ImmutableSandboxedEnvironment):
 
     def render(self, template: str, variables: Mapping[str, object]) -> str:
         """Compile and run, counting the output piece by piece."""
-        program = self.from_string(_Instrument().visit(self.parse(template)))
+        program = self.template_class.from_code(self, _compiled(template), self.make_globals(None))
         pieces, size = [], 0
         for piece in program.generate(**variables):
             size += len(piece)
@@ -186,6 +187,13 @@ class _Budgeted(ImmutableSandboxedEnvironment):
         elif name in ("format", "format_map") and isinstance(first, str):
             growth = _growth_of_format(first, max(sizes, default=0))
         self.pay(growth)
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> CodeType:
+    """Compile once: that takes 50 times what running takes, and holds nothing of the budget."""
+    environment = _Budgeted(_FUEL)
+    return environment.compile(_Instrument().visit(environment.parse(template)))
 
 
 class _Instrument(NodeTransformer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,57 @@ def show_provenance(round_: Round) -> Shown:
         Markup('<table class="apr-facts"><tbody>{}</tbody></table>').format(body),
         "\n".join(f"{k:<{wide}}  {v}" for k, v in known.items()),
     )
+
+
+def show_matrix(matrix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Round) -> Shown:
+    """
+    Show which claim refuses which counter-example.
+
+    Args:
+        matrix: A kill matrix as JSON, or counter-example -> claim -> how often it was refused, or the rows of a
+            finding, or a round: what its records say about counter-examples.
+    """
+    cells: dict[str, dict[str, object]] = {}
+    for name, claim, said in _kills(matrix):
+        cells.setdefault(name, {})[claim] = said
+    claims = sorted({c for row in cells.values() for c in row})
+    if not claims:
+        return _lines(["No counter-example was planted."])
+    head = Markup("").join(
+        Markup('<th scope="col"><span style="writing-mode:vertical-rl">{}</span></th>').format(esc(c, 80))
+        for c in claims
+    )
+    body = Markup("").join(
+        Markup('<tr><th scope="row">{}</th>{}</tr>').format(
+            esc(name, 200),
+            Markup("").join(Markup("<td>{}</td>").format(esc(number(row.get(c, "")), 80)) for c in claims),
+        )
+        for name, row in cells.items()
+    )
+    grid = Markup(
+        '<table class="apr-rows"><thead><tr><th scope="col">counter-example</th>{}</tr></thead>'
+        "<tbody>{}</tbody></table>"
+    ).format(head, body)
+    text = [
+        {"counter-example": n, "refused by": ", ".join(k for k, v in row.items() if v != "missed") or "nothing"}
+        for n, row in cells.items()
+    ]
+    return Shown(_scrolled(grid, len(cells)), _text_table(text))
+
+
+def _kills(matrix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Round) -> Iterator[tuple[str, str, object]]:
+    """Counter-example, claim, and what the cell says: a count, "refused", "missed"."""
+    if isinstance(matrix, Mapping) and isinstance(matrix.get("kills"), list):
+        yield from ((str(k["defect"]), str(k["claim"]), "refused") for k in matrix["kills"])
+    elif isinstance(matrix, Mapping):
+        for name, row in matrix.items():
+            yield from ((str(name), str(k), "refused" if v is True else v) for k, v in row.items() if v)
+    else:
+        rows = [{**r, "claim": e.id} for e in matrix.records for r in e.rows] if isinstance(matrix, Round) else matrix
+        for row in rows:
+            if row.get("on") == "counter-example":
+                said = row.get("measured") if row.get("outcome") == "caught" else row.get("outcome", "missed")
+                yield str(row.get("what", "")), str(row.get("claim", "this claim")), said
 
 
 _NO_WHYS = (("Why?", "No experiment has been recorded for this claim."),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from apr_core.report.material import (
     Floats,
     Source,
     by_position,
+    is_number,
     least_time,
     limits_of,
     material,
@@ -237,6 +238,81 @@ def plot_throughput(source: Source) -> Figure | None:
             else "Were the claim false, samples would be missing, or too short for the clock to see.",
             left=1.3,
         )
+
+
+def plot_power(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """
+    Detection power: the share of random draws that each claim sees against their severity, one panel per kind.
+
+    Args:
+        rows: ``claim``, ``kind``, ``severity`` (above zero), ``seen`` and ``draws``.
+    """
+    panels = _panels(rows)
+    if not panels:
+        return None
+    from matplotlib.figure import Figure
+
+    said, blind, high = [], 0, sum(_panel_height(lines) for lines in panels.values())
+    with style():
+        figure = Figure(figsize=(6.6, high + 0.5))
+        axes = figure.subplots(
+            len(panels), squeeze=False, gridspec_kw={"height_ratios": [_panel_height(p) for p in panels.values()]}
+        )[:, 0]
+        for ax, (kind, lines) in zip(axes, panels.items(), strict=True):
+            sighted = sorted((limit, claim) for claim, (_, y, limit) in lines.items() if y.any())
+            blind += len(lines) - len(sighted)
+            for i, (limit, claim) in enumerate(sighted):
+                x, y, _ = lines[claim]
+                mark, colour, fill = MARKERS[i % 6], COLOURS[i % 6], None if i < 6 else PAPER
+                name = f"{limit:.1g} {label(claim, 22)}" if np.isfinite(limit) else label(claim, 22)
+                ax.plot(x, y, mark, ls="-", ms=3.5, lw=1, color=colour, mfc=fill, label=name)
+                if np.isfinite(limit):
+                    ax.axvline(limit, color=colour, ls=":", lw=1, marker="")
+            if sighted and np.isfinite(sighted[0][0]):
+                said.append(f"{label(kind, 40)}: {label(sighted[0][1], 22)} from {sighted[0][0]:.3g} on")
+            ax.set_xscale("log")
+            _log_ticks(ax.xaxis)
+            ax.set_ylim(-0.06, 1.06)
+            ax.set_title(label(kind, 60), loc="left")
+            _axes(ax, "", "share seen")
+            if sighted:
+                ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.1))
+        axes[-1].set_xlabel("severity (share, or relative size)")
+        finished = finish(
+            figure,
+            alt=f"Detection power in {len(panels)} panels; the sharpest sight is {'; '.join(said) or 'nowhere'}.",
+            caption="Each line is a claim that sees damage of this kind; the dotted line, and the number beside the "
+            "name, is its limit of sight: the severity from which on every draw is seen. Were a claim "
+            "blind, its line would stay on the floor" + (f"; {blind} that do are left out." if blind else "."),
+            right=2.45,
+        )
+        finished.subplots_adjust(hspace=0.55)
+        return finished
+
+
+def _panel_height(lines: Mapping[str, Any]) -> float:
+    """In inches: room for the names beside it."""
+    return max(1.5, 0.35 + 0.17 * len(lines))
+
+
+def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[Floats, Floats, float]]]:
+    """Kind -> claim -> severities, shares seen, limit of sight (infinite when blind); equal severities are pooled."""
+    pooled: dict[str, dict[str, dict[float, Floats]]] = {}
+    for row in rows:
+        counted = [row.get(k) for k in ("severity", "seen", "draws")]
+        severity, seen, draws = (float(v) if is_number(v) else 0.0 for v in counted)  # type: ignore[arg-type]
+        if severity > 0 and draws > 0:
+            points = pooled.setdefault(str(row.get("kind", "")), {}).setdefault(str(row.get("claim", "")), {})
+            points[severity] = points.get(severity, np.zeros(2)) + np.array([seen, draws])
+    found: dict[str, dict[str, tuple[Floats, Floats, float]]] = {}
+    for kind, claims in pooled.items():
+        for claim, points in claims.items():
+            x = np.array(sorted(points))
+            y = np.array([points[v][0] / points[v][1] for v in sorted(points)])
+            missed = np.flatnonzero(~(y >= 1))
+            first = 0 if not len(missed) else int(missed[-1]) + 1
+            found.setdefault(kind, {})[claim] = (x, y, float(x[first]) if first < len(x) else float("inf"))
+    return found
 
 
 def plot_series(source: Source) -> Figure | None:

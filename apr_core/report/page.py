@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -19,10 +22,11 @@ from apr_core.falsify.evidence import Evidence
 from apr_core.falsify.rounds import Conclusion, read_declared
 from apr_core.falsify.verdict import NotRun, Verdict
 from apr_core.report.summary import evidence_file, write_whole
-from apr_core.report.text import clean, columns, esc, limit_of, nbytes, number, quantity, seconds
+from apr_core.report.text import clean, columns, esc, limit_of, nbytes, number, percent, quantity, seconds
 
 if TYPE_CHECKING:
     import jinja2
+    from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -89,9 +93,10 @@ def write_index(folder: Path, conclusion: Conclusion, *, notebooks: Mapping[str,
     """
     declared = _examined(read_declared(folder), conclusion)
     context = {
-        "css": Markup((TEMPLATES / "palette.css").read_text("utf-8") + (TEMPLATES / "index.css").read_text("utf-8")),
+        "css": stylesheet("palette.css", "index.css"),
         "nonce": hashlib.sha256((folder / "declared.json").read_bytes()).hexdigest()[:24],
         "head": _head(declared, conclusion, notebooks),
+        "suite": _suite(conclusion),
         "diagnosis": {"error": "", "advice": "", **declared["diagnosis"]} if declared["diagnosis"] else None,
         "subject": _subject(declared["subject"]),
         "reference": _subject(declared["reference"]) if declared["reference"] else None,
@@ -101,11 +106,17 @@ def write_index(folder: Path, conclusion: Conclusion, *, notebooks: Mapping[str,
         "not_run": _not_run(conclusion),
         "total_seconds": seconds(sum(s.seconds for s in notebooks.values())),
     }
-    return write_whole(folder / "index.html", _template().render(context))
+    return write_whole(folder / "index.html", template("index.html.j2").render(context))
+
+
+def stylesheet(*names: str) -> Markup:
+    """The style sheets of a page, to be put into it."""
+    return Markup("".join((TEMPLATES / name).read_text("utf-8") for name in names))
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page's template; every value that it writes is cleaned and escaped."""
     import jinja2
 
     # finalize sees every expression of the template, so that no value can reach the page without being cleaned
@@ -117,7 +128,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("index.html.j2")
+    return environment.get_template(name)
 
 
 def _head(
@@ -151,6 +162,49 @@ def _head(
         "time": _clock(declared),
         "broken": [n for n in declared["notebooks"] if n in notebooks and not notebooks[n].complete],
         "refuted": [k for k, v in conclusion.by_claim.items() if v[0] is Verdict.FALSIFIED],
+    }
+
+
+def _suite(conclusion: Conclusion) -> dict[str, Any]:
+    """What is known of the suite itself: the published rates, and what notebook 10 planted in this run."""
+    found = [e for _, _, e in conclusion.by_claim.values() if e is not None]
+    caught = [re.fullmatch(r"(\d+) of (\d+) counter-examples caught", str(e.coverage.get("detail"))) for e in found]
+    benign = next((e for e in found if e.id == "F-BENIGN-001"), None)
+    own = []
+    if any(caught):
+        own.append(
+            f"{sum(int(m[1]) for m in caught if m)} of {sum(int(m[2]) for m in caught if m)} planted "
+            "counter-examples were caught"
+        )
+    if benign is not None:
+        own.append(
+            f"{number(benign.measured['value'])} of {benign.coverage['compared']} legal oddities raised an alarm"
+        )
+    return {"published": published_rates(), "own": ", ".join(own)}
+
+
+def published_rates() -> dict[str, Any] | None:
+    """
+    The rates of the last published kill matrix of the bundled model, from ``apr_core/zoo/rates.json``.
+
+    Returns:
+        What to show, or None when none was published or the file cannot be read.
+    """
+    try:
+        body = json.loads(resources.files("apr_core").joinpath("zoo", "rates.json").read_text("utf-8"))
+        rates = dict(body.get("rates", body))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    model = body.get("model", "")
+    return {
+        "kill": percent(rates.get("kill_rate")),
+        "second": percent(rates.get("second_killer_rate")),
+        "alarm": percent(rates.get("false_alarm_rate")),
+        "alone": percent(rates.get("kill_rate_alone")),
+        "model": clean(model.get("name", "") if isinstance(model, dict) else model, 120),
+        "date": clean(body.get("date") or body.get("time") or "", 40),
+        "code": clean(body.get("code_digest") or body.get("code") or "", 80)[:12],
+        "counts": {clean(str(k).replace("_", " "), 40): number(v) for k, v in dict(body.get("counts") or {}).items()},
     }
 
 
@@ -328,10 +382,15 @@ def _figure(e: Evidence) -> tuple[dict[str, Any] | None, str]:
 
     if e.id not in FIGURES:
         return None, ""
+    return image(lambda: FIGURES[e.id](e))
+
+
+def image(draw: Callable[[], Figure | None]) -> tuple[dict[str, Any] | None, str]:
+    """A drawn figure as an image with its words, or a sentence that says why it could not be drawn."""
     from apr_core.report import style
 
     try:
-        drawn = FIGURES[e.id](e)
+        drawn = draw()
         if drawn is None:
             return None, ""
         caption, alt = style.caption_of(drawn), style.alt_text(drawn)

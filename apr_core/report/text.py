@@ -84,6 +84,14 @@ def limit_of(claim: Mapping[str, Any]) -> str:
     return f"{sign} {quantity(float(claim['threshold']), str(claim['unit']))}"
 
 
+def percent(share: object) -> str:
+    """Write a share of one; never rounded up to a hundred, nor down to nothing."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share):
+        return "–"
+    shown = 100.0 * share
+    return f"{shown:.0f} %" if shown in (0, 100) else f"{min(max(shown, 0.1), 99.9):.1f} %"
+
+
 def seconds(value: float) -> str:
     """Write a duration: ``0.42 s``, ``12.3 s``, ``3 min 07 s``."""
     if not math.isfinite(value):

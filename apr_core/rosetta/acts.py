@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.rosetta import chatml
 from apr_core.rosetta.copies import (
     STIMULUS_TOKENS,
+    NoCopyError,
     copies_of,
     greedy_prompts,
     largest_difference,
@@ -35,7 +37,21 @@ _ROUNDING = 1e-6  # rel_l2 above which a position is worth a why
 _SPARE_TOKENS = 8  # an answer gets that many more than it needs, so that one that does not end is seen
 
 
+def _of_copies(measure: Callable[[Subject], Finding]) -> Callable[[Subject], Finding]:
+    """Leave a claim about copies undecided when the subject is one that another container cannot hold."""
+
+    @wraps(measure)
+    def attempt(subject: Subject) -> Finding:
+        try:
+            return measure(subject)
+        except NoCopyError as error:
+            return Finding(None, 0, 0, inconclusive=f"no copy can be made: {' '.join(error.message.split()):.200}")
+
+    return attempt
+
+
 @act("F-GT-001")
+@_of_copies
 def same_tensors(subject: Subject) -> Finding:
     """Copy the subject into the other containers and compare every decoded value; foreign packages read some too."""
     copies = copies_of(subject)
@@ -72,6 +88,7 @@ def same_tensors(subject: Subject) -> Finding:
 
 
 @act("F-GT-002")
+@_of_copies
 def same_logits(subject: Subject) -> Finding:
     """Run every copy on the stimulus and compare its logits with the subject's."""
     copies = copies_of(subject)
@@ -106,6 +123,7 @@ def same_logits(subject: Subject) -> Finding:
 
 
 @act("F-GT-003")
+@_of_copies
 def same_greedy_tokens(subject: Subject) -> Finding:
     """Let every copy continue the same prompts and compare token for token, lengths included."""
     runs = copies_of(subject).runs(subject)
@@ -137,9 +155,14 @@ def chat_template_applied(subject: Subject) -> Finding:
 
     tokenizer = _tokenizer(subject)
     template = tokenizer.chat_template or ""
-    if chatml.START not in template or not {chatml.START, chatml.END} <= set(tokenizer.special_ids):
-        return Finding.nothing(NotRun.NOT_APPLICABLE)
-    rows, whys, wrong, compared = [], [], 0, 0
+    speaks, knows = chatml.START in template, {chatml.START, chatml.END} <= set(tokenizer.special_ids)
+    unknown = sorted(m for m in chatml.markers(template) if len(tokenizer.encode(m, parse_special=True)) != 1)
+    if not (speaks and knows):
+        if not unknown:  # another family's format, which its own fine-tune may speak
+            return Finding.nothing(NotRun.NOT_APPLICABLE)
+        wrote = f"the template writes {', '.join(unknown)}, the tokenizer has {', '.join(tokenizer.special_ids)}"
+        return Finding(float(len(unknown)), 1, 1, whys=[("Does the template fit the tokenizer?", wrote)])
+    rows, whys, wrong, compared = [], [], len(unknown), 0
     for name, messages in chatml.CONVERSATIONS.items():
         expected = chatml.chatml_ids(tokenizer, template, messages)
         try:
@@ -152,11 +175,24 @@ def chat_template_applied(subject: Subject) -> Finding:
         rows.append({"conversation": name, "ids": len(expected), "found": len(found), "mismatched": count})
         if count and found:
             whys.append((f"Where does {name} differ?", _parting(expected, found, tokenizer)))
+    whys += [("Does the tokenizer know this control token?", f"no: {marker!r:.80}") for marker in unknown]
+    # What a template does on a word of its own (a trigger that a stranger wrote into it) no other conversation shows.
+    for word in chatml.own_words(template):
+        messages = [{"role": "user", "content": word}]
+        expected = chatml.chatml_ids(tokenizer, template, messages)
+        try:
+            count = mismatches(expected, prepare_tokens(tokenizer, messages=messages).ids.tolist())
+        except (InferenceError, LoadError):
+            count = len(expected)
+        wrong += count
+        if count:
+            rows.append({"conversation": f"{word!r:.80}", "ids": len(expected), "mismatched": count})
+            whys.append(("Does the template answer to a word of its own?", f"yes, to {word!r:.80}: {count} ids differ"))
     return Finding(
         float(wrong),
         compared,
         compared,
-        detail=f"{len(rows)} conversations",
+        detail=f"{len(chatml.CONVERSATIONS)} conversations",
         rows=rows,
         whys=whys,
         reference="an independent writer of ChatML, without Jinja",
@@ -193,12 +229,13 @@ def golden_answers(subject: Subject) -> Finding:
 
 
 @act("F-GT-007")
+@_of_copies
 def golden_answers_survive_q8_0(subject: Subject) -> Finding:
     """Ask the golden prompts of a Q8_0 GGUF copy."""
     path = copies_of(subject).path("gguf", "Q8_0")
     try:
         return _answers(subject, load_copy(path, subject), "the recorded answers, asked of a Q8_0 copy")
-    except (FormatError, ContractViolation) as error:
+    except (FormatError, ContractViolation, LoadError) as error:
         count = len((subject.golden or {"cases": []})["cases"])
         refusal = " ".join(error.message.split())[:300]
         return Finding(float(count), count, count, whys=[("Why does the Q8_0 copy not run?", refusal)])
@@ -238,6 +275,8 @@ def logits_of_an_independent_implementation(subject: Subject) -> Finding:
         arrays={"rel_l2": errors},
         whys=whys,
         reference=reference,
+        # Float64 arithmetic never lands on every float32 rounding: such answers were recorded from this very forward.
+        inconclusive="the recorded logits are this forward's own bits" if np.array_equal(expected, found) else "",
     )
 
 
@@ -288,9 +327,10 @@ def same_tensors_as_the_reference(subject: Subject) -> Finding:
 def same_identity_as_the_reference(subject: Subject) -> Finding:
     """Compare configuration, vocabulary, merges, end tokens and chat template with the reference's."""
     reference = _reference(subject)
-    if _same_file(subject, reference):
-        return Finding(None, 0, 0, inconclusive="subject and reference are the same file")
     diff = compare_identity(subject.checkpoint, reference.checkpoint)
+    # Equal weights may lie beside another tokenizer or configuration: only equal companions make it one thing twice.
+    if not diff.differences and _same_file(subject, reference):
+        return Finding(None, 0, 0, inconclusive="subject and reference are the same file")
     return Finding(
         float(len(diff.differences)),
         len(diff.fields),
@@ -376,8 +416,11 @@ def _worst(errors: NDArray[np.float64]) -> float:
 
 
 def _config_difference(subject: Subject, container: str) -> str:
-    with open_checkpoint(copies_of(subject).path(container)) as copy:
-        differing = compare_identity(copy, subject.checkpoint).differences
+    try:
+        with open_checkpoint(copies_of(subject).path(container)) as copy:
+            differing = compare_identity(copy, subject.checkpoint).differences
+    except (FormatError, LoadError) as error:
+        return f"it cannot be read: {error.message:.200}"
     return "; ".join(f"{f.name}: {f.subject} for {f.reference}" for f in differing) or "no"
 
 

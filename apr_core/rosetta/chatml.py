@@ -27,6 +27,10 @@ _DEFAULT_SYSTEM = re.compile(
     re.DOTALL,
 )
 
+_MARKER = re.compile(r"<[|｜][^|｜<>\n]{1,40}[|｜]>")
+_LITERAL = re.compile(r"'([^'\\\n]{2,200})'|\"([^\"\\\n]{2,200})\"")
+_MOST_WORDS = 64
+
 CONVERSATIONS: Mapping[str, Sequence[Message]] = {
     "one question": [{"role": "user", "content": "What is 7-3?"}],
     "system prompt": [
@@ -59,6 +63,17 @@ def default_system(template: str) -> str | None:
     if match is None:
         return None
     return match.group(1).replace("\\n", "\n").replace("\\'", "'").replace('\\"', '"')
+
+
+def markers(template: str) -> set[str]:
+    """Find what a template spells like a control token: it must be one of the tokenizer's."""
+    return set(_MARKER.findall(template))
+
+
+def own_words(template: str) -> list[str]:
+    """List the string literals of a template, in order, each once, at most `_MOST_WORDS` of them."""
+    found = (next(group for group in groups if group) for groups in _LITERAL.findall(template))
+    return list(dict.fromkeys(found))[:_MOST_WORDS]
 
 
 def chatml_ids(tokenizer: Tokenizer, template: str, messages: Sequence[Message]) -> list[int]:

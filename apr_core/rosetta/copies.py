@@ -9,7 +9,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from apr_core.errors import ContractViolation, FormatError, InferenceError, LoadError
+from apr_core.errors import ContractViolation, FormatError, InferenceError, LoadError, UsageError
 from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
 from apr_core.formats.codecs import decode
 from apr_core.rosetta.convert import CONTAINERS, convert
-from apr_core.rosetta.diff import TensorDiff, compare_tensors
+from apr_core.rosetta.diff import TensorDiff, compare_tensors, unreadable
+from apr_core.rosetta.identity import CORPUS
 
 if TYPE_CHECKING:
     from apr_core.engines.subject import Subject
-    from apr_core.model.tokens import PreparedTokens
+    from apr_core.model.tokens import PreparedTokens, Tokenizer
     from apr_core.model.trace import TracedForward
 
 STIMULUS_TOKENS = 96
@@ -38,6 +41,10 @@ _WITNESSED = (
     "model.layers.0.self_attn.q_proj.weight",
     "model.layers.0.mlp.down_proj.weight",
 )
+
+
+class NoCopyError(LoadError):
+    """The subject is one that another container cannot hold: nothing can be said about its copies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,25 +79,43 @@ class Copies:
         self._runs: list[CopyRun] = []
 
     def path(self, format: str, dtype: str = "keep") -> Path:
-        """Return the copy in a container, making it when it is not there yet."""
+        """
+        Return the copy in a container, making it when it is not there yet.
+
+        Raises:
+            NoCopyError: The container cannot hold the subject, for instance its tokenizer.
+        """
         target = self.folder / f"{dtype}.{format}"
-        return target if target.exists() else convert(self._checkpoint, target, format=format, dtype=dtype)
+        if not target.exists():
+            try:
+                convert(self._checkpoint, target, format=format, dtype=dtype)
+            except (LoadError, UsageError) as error:
+                raise NoCopyError(error.message, advice=error.advice) from error
+            _after_writing.get()(target)
+        return target
 
     @cached_property
     def diffs(self) -> dict[str, TensorDiff]:
         """Every tensor of every copy against the subject's, bit for bit."""
         out: dict[str, TensorDiff] = {}
         for container in self.formats:
-            with open_checkpoint(self.path(container)) as copy:
-                out[container] = compare_tensors(copy, self._checkpoint, exact=True)
+            path = self.path(container)
+            try:
+                with open_checkpoint(path) as copy:
+                    out[container] = compare_tensors(copy, self._checkpoint, exact=True)
+            except FormatError as error:  # a copy that does not open holds none of the tensors
+                out[container] = unreadable(self._checkpoint, " ".join(error.message.split())[:300])
         return out
 
     def witnessed(self, format: str) -> Witnessed | None:
         """Let a foreign package read the copy in a container, or the subject's own file; None where there is none."""
         if format == self._checkpoint.format:
             return witness(self._checkpoint, self._checkpoint)
-        with open_checkpoint(self.path(format)) as copy:
-            return witness(copy, self._checkpoint)
+        try:
+            with open_checkpoint(self.path(format)) as copy:
+                return witness(copy, self._checkpoint)
+        except FormatError:  # `diffs` says so
+            return None
 
     def runs(self, subject: Subject) -> Sequence[CopyRun]:
         """Run each copy once, one at a time; the results are kept, the models are not."""
@@ -109,8 +134,9 @@ class Copies:
         own: NDArray[np.float32],
         prompts: Sequence[PreparedTokens],
     ) -> CopyRun:
+        path = self.path(container)
         try:
-            model = load_copy(self.path(container), subject)
+            model = load_copy(path, subject)
         except (FormatError, ContractViolation, LoadError) as error:
             # A copy of an admitted model that is refused is a finding about the copy, not a crash of the notebook.
             nothing = np.full(len(own), np.nan)
@@ -121,8 +147,24 @@ class Copies:
             rel_l2(own, logits),
             largest_difference(own, logits),
             int(logits.size - np.isfinite(logits).sum()),
-            tuple(greedy(model, prompt, subject.max_new_tokens) for prompt in prompts),
+            tuple(
+                greedy(model, prompt, subject.max_new_tokens) if reads_alike(model.tokenizer, subject.tokenizer) else ()
+                for prompt in prompts
+            ),
         )
+
+
+_after_writing: ContextVar[Callable[[Path], None]] = ContextVar("after_writing", default=lambda path: None)
+
+
+@contextmanager
+def tampered(tamper: Callable[[Path], None]) -> Iterator[None]:
+    """Let ``tamper`` edit each copy right after it is written: how the zoo plants a broken converter."""
+    token = _after_writing.set(tamper)
+    try:
+        yield
+    finally:
+        _after_writing.reset(token)
 
 
 _COPIES: weakref.WeakKeyDictionary[Subject, Copies] = weakref.WeakKeyDictionary()
@@ -153,6 +195,17 @@ def greedy_prompts(subject: Subject) -> list[PreparedTokens]:
     if able and subject.golden and subject.golden["cases"]:
         prompts.append(prepare_tokens(subject.model, messages=subject.golden["cases"][0]["messages"]))
     return prompts
+
+
+def reads_alike(copy: Tokenizer | None, original: Tokenizer | None) -> bool:
+    """Tell whether a copy makes the same ids of the same texts and wraps messages the same way."""
+    if copy is None or original is None:
+        return copy is original
+    return copy.chat_template == original.chat_template and all(
+        copy.encode(text, parse_special=special) == original.encode(text, parse_special=special)
+        for text in CORPUS
+        for special in (False, True)
+    )
 
 
 def greedy(model: TracedForward, prompt: PreparedTokens, limit: int) -> tuple[int, ...]:
@@ -253,6 +306,9 @@ def _read_gguf(file: Checkpoint, names: Sequence[str]) -> dict[str, NDArray[np.f
     out: dict[str, NDArray[np.float32]] = {}
     for tensor in gguf.GGUFReader(file.path).tensors:
         if tensor.name in stored:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            try:
+                values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            except NotImplementedError:  # gguf hands integers out as they are
+                values = tensor.data.astype(np.float32)
             out[stored[tensor.name]] = np.ascontiguousarray(values).reshape(tuple(map(int, reversed(tensor.shape))))
     return out

@@ -166,6 +166,15 @@ def compare_tensors(subject: Checkpoint, reference: Checkpoint, *, exact: bool =
     return TensorDiff(tuple(rows), tuple(tied))
 
 
+def unreadable(original: Checkpoint, why: str) -> TensorDiff:
+    """Describe a copy that does not open: every tensor of the original differs whole."""
+    rows = [
+        TensorRow(t.name, "", str(t.dtype), count := prod(t.shape), count, problem=f"the copy does not open: {why}")
+        for t in original.tensors.values()
+    ]
+    return TensorDiff(tuple(rows))
+
+
 def _partner(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
     """Find the tensor that plays a role: a head that is not stored is the embedding, which is what tying means."""
     info = checkpoint.tensors.get(name)

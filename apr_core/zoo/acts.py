@@ -29,7 +29,8 @@ from apr_core.errors import AprError, ContractViolation
 from apr_core.falsify.finding import Finding, act
 from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.zoo.draft import Draft, put_together, take_apart
-from apr_core.zoo.plants import BENIGN, DEFECTS, DOWN, EMBED, Recipe
+from apr_core.zoo.plants import BENIGN, DEFECTS, DOWN, EMBED
+from apr_core.zoo.registry import Recipe
 
 TWIN_SEED = 20
 
@@ -71,9 +72,9 @@ def _gates_against(path: Path) -> Counter[str]:
 
 
 @cache
-def _kills() -> Mapping[str, Counter[str]]:
+def kill_table() -> Mapping[str, Counter[str]]:
     """Defect id -> the gates that refused it; planted once per process."""
-    return {d.id: planted(d.recipe, _gates_against) for d in DEFECTS}
+    return {d.id: planted(d.recipe, _gates_against) for d in DEFECTS if d.recipe is not None}
 
 
 def _gate_finding(subject: Subject, gate: str, values: np.ndarray[Any, Any] | None = None) -> Finding:
@@ -82,7 +83,7 @@ def _gate_finding(subject: Subject, gate: str, values: np.ndarray[Any, Any] | No
     violations = [v for v in admission.violations if v.gate == gate]
     unmeasured = sorted(set(subject.checkpoint.tensors) - set(admission.stats) - set(admission.extras))
     mine = [d for d in DEFECTS if d.gate == gate]
-    missed = [d for d in mine if not _kills()[d.id][gate]]
+    missed = [d for d in mine if not kill_table()[d.id][gate]]
     rows: list[dict[str, object]] = [
         {"on": "subject", "what": v.tensor or "config", "measured": v.measured, "limit": v.limit, "outcome": v.message}
         for v in violations
@@ -91,7 +92,7 @@ def _gate_finding(subject: Subject, gate: str, values: np.ndarray[Any, Any] | No
         {
             "on": "counter-example",
             "what": d.what,
-            "measured": _kills()[d.id][gate],
+            "measured": kill_table()[d.id][gate],
             "limit": 1,
             "outcome": "missed" if d in missed else "caught",
         }

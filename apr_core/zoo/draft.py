@@ -37,6 +37,7 @@ class Draft:
         companions: File name -> parsed JSON, of the files in EDITABLE that the model has.
         carried: File name -> path of a companion that is copied as it is.
         container: ``safetensors``, ``gguf`` or ``apr``: what is written in the end.
+        stem: What the file of a GGUF or APR model is called, its extension apart.
         dtype: For gguf: ``keep`` or ``Q8_0``, ``F16`` and so on, as ``rosetta.convert`` takes it.
         after: Edits of the written files: each gets the weights file.
     """
@@ -49,6 +50,7 @@ class Draft:
     carried: dict[str, Path] = field(default_factory=dict)
     container: str = "safetensors"
     dtype: str = "keep"
+    stem: str = "model.{container}"
     after: list[Callable[[Path], None]] = field(default_factory=list)
 
     def copy(self) -> Draft:
@@ -62,6 +64,7 @@ class Draft:
             dict(self.carried),
             self.container,
             self.dtype,
+            self.stem,
             list(self.after),
         )
 
@@ -108,7 +111,8 @@ def put_together(draft: Draft, folder: Path) -> Path:
     _write_folder(draft, source)
     path, weights = source, source / "model.safetensors"
     if draft.container != "safetensors":
-        path = weights = convert(source, folder / f"model.{draft.container}", format=draft.container, dtype=draft.dtype)
+        name = draft.stem.format(container=draft.container)
+        path = weights = convert(source, folder / name, format=draft.container, dtype=draft.dtype)
         shutil.rmtree(source)
     for name, origin in draft.carried.items():
         shutil.copy(origin, folder / name)

@@ -92,7 +92,12 @@ class Defect:
 
 @dataclass(frozen=True)
 class Benign:
-    """A legal oddity that must raise no alarm: a recipe on the healthy model, with the healthy model as reference."""
+    """
+    A legal oddity that must raise no alarm: a recipe on the healthy model, with the healthy model as reference.
+
+    ``alone``: it changes values on purpose (noise in padded rows, other zeros), so nothing may hold them against the
+    healthy model or its golden answers.
+    """
 
     id: str
     what: str
@@ -100,6 +105,7 @@ class Benign:
     why: str = ""
     hook: MakeHook | None = None
     twin: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,11 +151,10 @@ class Zoo:
 @cache
 def load_zoo() -> Zoo:
     """Collect every defect and benign twin, in the order of the rooms that they damage."""
-    from apr_core.zoo import backend, benign, files, plants, words
+    from apr_core.zoo import backend, benign, files, later, plants, words
 
     zoo = Zoo()
     for module in (plants, files, words, backend):
         zoo.add(*module.DEFECTS)
-        zoo.add(*getattr(module, "LATER", ()))
-    zoo.add(*plants.BENIGN, *benign.BENIGN)
+    zoo.add(*plants.BENIGN, *benign.BENIGN, *later.LATER)
     return zoo

@@ -18,6 +18,7 @@ from apr_core.falsify.evidence import (
     MAX_ROWS,
     Evidence,
     SubjectRecord,
+    contradiction,
     make_evidence,
     new_attempt_id,
     read_evidence,
@@ -25,7 +26,7 @@ from apr_core.falsify.evidence import (
     write_evidence,
 )
 from apr_core.falsify.finding import Finding
-from apr_core.falsify.verdict import Verdict
+from apr_core.falsify.verdict import NotRun, Verdict
 
 Attempt = Callable[..., Finding]
 
@@ -247,3 +248,65 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def edited(evidence: Evidence, **parts: Any) -> Evidence:
+    """The record with fields replaced, or fields of its parts where a mapping is given."""
+    body = {k: {**getattr(evidence, k), **v} if isinstance(v, dict) else v for k, v in parts.items()}
+    return replace(evidence, **body)
+
+
+HELD: dict[str, Any] = {"verdict": Verdict.CORROBORATED, "reason": ""}
+
+
+@pytest.mark.parametrize(
+    ("finding", "edit", "words"),
+    [
+        ({"value": 3.0}, HELD, "CORROBORATED, but what was measured is FALSIFIED"),
+        ({"value": 3.0}, {**HELD, "measured": {"value": 0.0}}, "but the tolerance that it requires is 3.0"),
+        ({"value": 3.0}, {**HELD, "claim": {"threshold": 9.0}}, "threshold is 9.0, in the claims table 0.0"),
+        ({"value": 3.0}, {"verdict": Verdict.NOT_RUN, "reason": "no peer"}, "NOT_RUN, but what was measured"),
+        ({"value": 3.0}, {"verdict": Verdict.INCONCLUSIVE, "reason": ""}, "INCONCLUSIVE without a reason"),
+        ({}, {"verdict": Verdict.FALSIFIED}, "FALSIFIED, but what was measured is CORROBORATED"),
+        ({}, {"claim": {"version": 9}}, "version is 9, in the claims table 1"),
+        ({}, {"claim": {"metric": "rel_l2"}}, "metric is 'rel_l2'"),
+        ({}, {"claim": {"unit": "%"}}, "unit is '%'"),
+        ({}, {"claim": {"direction": "at_least"}}, "direction is 'at_least'"),
+        ({}, {"claim": {"id": "F-X-001"}}, "KeyError"),
+        ({}, {"coverage": {"compared": 0}}, "what was measured is INCONCLUSIVE"),
+        ({}, {"coverage": {"compared": "many"}}, "TypeError"),
+        ({}, {"coverage": {"missing": ["w"]}}, "what was measured is INCONCLUSIVE"),
+        ({}, {"coverage": {"nonfinite": 1}}, "what was measured is FALSIFIED"),
+        ({}, {"subject": {"bypassed": True}}, "what was measured is INCONCLUSIVE"),
+        ({}, {"attachments": ({"file": "gone.npz", "sha256": ""},)}, "FileNotFoundError"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_noticed(
+    finding: dict[str, Any], edit: dict[str, Any], words: str, attempt: Attempt, subject: SubjectRecord
+) -> None:
+    """A verdict is a function of what was measured and of the table; an edit of one side alone shows."""
+    honest = record(attempt("F-GT-001", **finding), subject)
+    assert contradiction(honest) == ""
+    assert words in contradiction(edited(honest, **edit))
+
+
+@pytest.mark.parametrize(
+    "finding",
+    [
+        {"value": math.nan},
+        {"value": None},
+        {"value": 0.0, "nonfinite": 2},
+        {"value": 1e-7 / 3, "compared": 0},
+        {"value": 0.0, "missing": [f"t{i}" for i in range(MAX_ROWS + 1)]},
+        {"value": 3.0, "inconclusive": "both sides are one file"},
+        {"value": None, "compared": 0, "expected": 0, "not_run": NotRun.NO_PEER},
+        {"value": 1 / 3},
+    ],
+)
+def test_an_honest_record_agrees_with_itself(
+    finding: dict[str, Any], attempt: Attempt, subject: SubjectRecord, tmp_path: Path
+) -> None:
+    """Whatever a finding holds, what is read back is judged as it was written."""
+    for claim in ("F-GT-001", "F-PAR-005"):
+        path = write_evidence(record(attempt(claim, **finding), subject), tmp_path, {"a": np.zeros(2)})
+        assert contradiction(read_evidence(path)) == ""

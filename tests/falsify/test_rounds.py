@@ -49,8 +49,9 @@ def run(attempt: Attempt, subject: SubjectRecord, tmp_path: Path) -> Run:
             how = (change or {}).get(claim.id, {})
             if how is None:
                 continue
-            found = {"not_run": how} if isinstance(how, NotRun) else how
-            held.record(claim.id, attempt(claim.id, **found))
+            if isinstance(how, NotRun):
+                how = {"value": None, "compared": 0, "expected": 0, "not_run": how}
+            held.record(claim.id, attempt(claim.id, **how))
         return folder
 
     return make
@@ -237,6 +238,15 @@ def broken_declarations() -> list[object]:
         pytest.param(lambda body: {**body, "claims": None}, id="no list"),
         pytest.param(lambda body: {**body, "diagnosis": {"message": "m", "exit_code": 77}}, id="exit code"),
         pytest.param(lambda body: {**body, "diagnosis": {"exit_code": 4}}, id="diagnosis without message"),
+        pytest.param(lambda body: {**body, "diagnosis": {"message": "m", "exit_code": 0}}, id="diagnosis of success"),
+        pytest.param(lambda body: {**body, "claims": body["claims"][1:]}, id="claim left out"),
+        pytest.param(lambda body: {**body, "claims": body["claims"] + body["claims"][:1]}, id="claim twice"),
+        *(
+            pytest.param(
+                lambda body, k=k: {**body, "claims": [{**body["claims"][0], k: 99}, *body["claims"][1:]]}, id=k
+            )
+            for k in ("version", "severity", "threshold", "direction", "metric", "unit")
+        ),
         *(pytest.param(without(k), id=f"no {k}") for k in ("asked", "claims", "diagnosis", "subject")),
     ]
 
@@ -339,3 +349,37 @@ def test_every_claim_can_be_recorded_in_its_notebook(subject: SubjectRecord, tmp
         held = Round(claim.notebook, subject, tmp_path, parameters={}, provenance={})
         evidence = held.record(claim.id, attempt(claim.id, claim.threshold))
         assert str(evidence).startswith(f"{claim.id} CORROBORATED: {claim.metric} ")
+
+
+def test_two_files_in_one_run_are_an_error(run: Run, subject: SubjectRecord) -> None:
+    """The model changed while it was examined, or another model's record was copied in."""
+    one, two = run(), run(name="two", by=replace(subject, sha256="1" * 64))
+    path = next((two / "evidence").glob("F-GT-001-*.json"))
+    shutil.copy(path, one / "evidence")
+    with pytest.raises(FormatError, match="evidence about 2 different files"):
+        conclude(one)
+
+
+def test_a_bypassed_run_corroborates_nothing(run: Run, subject: SubjectRecord) -> None:
+    """The declaration says that the contract was bypassed; a record that forgot it is refused."""
+    folder = run()
+    path = folder / "declared.json"
+    body = json.loads(path.read_text())
+    body["subject"]["bypassed"] = True
+    path.write_text(json.dumps(body))
+    with pytest.raises(FormatError, match="CORROBORATED in a run that bypassed the contract"):
+        conclude(folder)
+
+
+@pytest.mark.parametrize("reason", [NotRun.NO_CUDA, NotRun.REFUSED, NotRun.UNTRAINED])
+def test_a_reason_that_the_claim_does_not_need_is_a_hole(reason: NotRun, run: Run) -> None:
+    """A claim without needs cannot be excused, and a refusal is never the only finding."""
+    assert conclude(run({"F-GT-001": reason})).reason == "not run: F-GT-001"
+
+
+def test_thresholds_edited_in_silence_end_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another limit under the same version: nothing is judged."""
+    folder = run()
+    monkeypatch.setattr("apr_core.falsify.rounds.threshold_digest", lambda: "0" * 64)
+    with pytest.raises(FormatError, match="raise the version of the claim"):
+        conclude(folder)

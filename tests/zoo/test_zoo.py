@@ -40,7 +40,7 @@ def subject_with(recipe, folder) -> Subject:
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda d: d.id)
 def test_each_counter_example_is_refused_by_its_gate(defect):
     """A gate that misses its own counter-example cannot fail."""
-    assert acts._kills()[defect.id][defect.gate] >= 1
+    assert acts.kill_table()[defect.id][defect.gate] >= 1
 
 
 @pytest.mark.parametrize("twin", BENIGN, ids=lambda b: b.id)
@@ -82,7 +82,7 @@ def test_a_refused_subject_falsifies_its_gate_and_names_the_tensor(defect, tmp_p
 
 def test_a_gate_that_misses_a_counter_example_is_falsified(healthy, monkeypatch):
     """The second half of the claim: break the gate, keep the subject healthy."""
-    monkeypatch.setattr(acts, "_kills", lambda: {d.id: Counter() for d in DEFECTS})
+    monkeypatch.setattr(acts, "kill_table", lambda: {d.id: Counter() for d in DEFECTS})
     finding = ACTS["F-DATA-QUALITY-001"](healthy)
 
     assert finding.judge()[0] is Verdict.FALSIFIED

@@ -1,0 +1,168 @@
+"""
+Faults of the meter: they damage the suite and not the subject, by other names in ``apr_core.bench`` for a while.
+
+A clock that lies, samples that are lost, doubled or invented, tokens that nobody computed, bytes that nobody stored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from apr_core.bench import acts as bench
+from apr_core.bench import timing
+from apr_core.bench.roofline import Bandwidth, architecture_bytes
+
+Planted = Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def swapped(module: ModuleType | type, **planted: object) -> Iterator[None]:
+    """Put others in the place of a module's names for a while."""
+    kept = {name: getattr(module, name) for name in planted}
+    try:
+        for name, value in planted.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
+
+
+def _clock(read: Callable[[int, int], int]) -> Planted:
+    """Time with a clock that is a function of the right one and of how often it was read."""
+
+    def plant() -> AbstractContextManager[None]:
+        readings = iter(range(10**9))
+
+        def clock() -> int:
+            return read(time.perf_counter_ns(), next(readings))
+
+        timed = ("measure_decode", "measure_prefill", "clock_tick_s")
+        return swapped(bench, **{name: partial(getattr(timing, name), clock=clock) for name in timed})
+
+    return plant
+
+
+def _stream(edit: Callable[[float, list[float], tuple[int, ...], float], object]) -> Planted:
+    """Report other (seconds to the first token, seconds of each step, tokens) than were timed."""
+    right = timing._decode_once
+
+    def decode(model: Any, prepared: Any, tokens: int, delay_s: float, clock: timing.Clock) -> object:
+        return edit(*right(model, prepared, tokens, delay_s, clock), delay_s)
+
+    return lambda: swapped(timing, _decode_once=decode)
+
+
+def _run(name: str, **other: Callable[[Any], Any]) -> Planted:
+    """Time with other arguments than were asked for."""
+    right = getattr(timing, name)
+
+    def measure(model: Any, prepared: Any, **asked: Any) -> object:
+        return right(model, prepared, **{**asked, **{key: change(asked.get(key)) for key, change in other.items()}})
+
+    return lambda: swapped(bench, **{name: measure})
+
+
+def _half_prompt() -> AbstractContextManager[None]:
+    from apr_core.model.tokens import prepare_tokens
+
+    def measure(model: Any, prepared: Any, **asked: Any) -> object:
+        half = prepare_tokens(model, ids=prepared.ids[: prepared.ids.size // 2].tolist())
+        return timing.measure_prefill(model, half, **asked)
+
+    return swapped(bench, measure_prefill=measure)
+
+
+def _bytes(change: Callable[[int], int]) -> Planted:
+    right = architecture_bytes
+    return lambda: swapped(bench, architecture_bytes=lambda types, geometry: change(right(types, geometry)))
+
+
+def _doubled(seen: Callable[[Any], object]) -> Callable[[Any], object]:
+    return lambda logits: seen(2 * logits)
+
+
+class _Sluggish(Bandwidth):
+    """A ceiling measured a thousand times too low."""
+
+    def sample(self) -> None:
+        super().sample()
+        self.samples[:] = [min(rate, 1e-3) for rate in self.samples]
+
+
+def _replay() -> AbstractContextManager[None]:
+    """Report the samples of the first stream for every later one."""
+    first: list[object] = []
+
+    def again(*run: Any) -> object:
+        first.append(run[1])
+        return run[0], first[0][: len(run[1])], run[2]  # type: ignore[index]
+
+    return _stream(again)()
+
+
+def _steps(change: Callable[[list[float]], list[float]]) -> Planted:
+    return _stream(lambda first, steps, tokens, delay_s: (first, change(steps), tokens))
+
+
+def _tokens(change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Planted:
+    return _stream(lambda first, steps, tokens, delay_s: (first, steps, change(tokens)))
+
+
+class MeterFault(NamedTuple):
+    """One fault of the meter, the claim that must refute it, and what plants it for a while."""
+
+    id: str
+    what: str
+    claim: str
+    plant: Planted
+
+
+METER_FAULTS = (
+    MeterFault("meter-bytes-short", "one byte is not counted", "F-THR-001", _bytes(lambda n: n - 1)),
+    MeterFault("meter-bytes-twice", "every tensor counts twice", "F-THR-001", _bytes(lambda n: 2 * n)),
+    MeterFault(
+        "meter-bytes-page", "bytes are counted in pages", "F-THR-001", _bytes(lambda n: -(-n // 4096) * 4096 + 4096)
+    ),
+    MeterFault(
+        "meter-clock-seconds", "a clock of whole seconds", "F-THR-002", _clock(lambda ns, n: ns // 10**9 * 10**9)
+    ),
+    MeterFault(
+        "meter-clock-coarse", "a clock with steps of 10 ms", "F-THR-002", _clock(lambda ns, n: ns // 10**7 * 10**7)
+    ),
+    MeterFault("meter-clock-stands", "a clock that stands", "F-THR-002", _clock(lambda ns, n: 0)),
+    MeterFault("meter-token-zero", "token 0 is produced", "F-THR-003", _tokens(lambda made: (0,) * len(made))),
+    MeterFault("meter-tokens-lost", "the last token is lost", "F-THR-003", _tokens(lambda made: made[:-1])),
+    MeterFault("meter-half-prompt", "half of the prompt is timed", "F-THR-004", _half_prompt),
+    MeterFault("meter-other-logits", "other logits are handed on", "F-THR-004", _run("measure_prefill", seen=_doubled)),
+    MeterFault("meter-samples-lost", "the last step is lost", "F-THR-005", _steps(lambda steps: steps[:-1])),
+    MeterFault("meter-no-time", "every step takes no time", "F-THR-005", _steps(lambda steps: [0.0 for _ in steps])),
+    MeterFault(
+        "meter-repeats-lost", "one decode less", "F-THR-005", _run("measure_decode", repeats=lambda n: max(1, n - 1))
+    ),
+    MeterFault(
+        "meter-prefills-lost", "one prefill is timed", "F-THR-005", _run("measure_prefill", repeats=lambda n: 1)
+    ),
+    MeterFault(
+        "meter-asynchronous", "steps end before the work", "F-THR-006", _steps(lambda steps: [s / 1000 for s in steps])
+    ),
+    MeterFault("meter-fast", "steps take a microsecond", "F-THR-006", _steps(lambda steps: [1e-6 for _ in steps])),
+    MeterFault("meter-ceiling-low", "a ceiling of 1 MB/s", "F-THR-006", lambda: swapped(bench, Bandwidth=_Sluggish)),
+    MeterFault(
+        "meter-overlap", "steps begin with the stream", "F-THR-007", _steps(lambda steps: np.cumsum(steps).tolist())
+    ),
+    MeterFault("meter-clock-jumps", "a clock that jumps back", "F-THR-007", _clock(lambda ns, n: ns - n // 7 * 10**10)),
+    MeterFault("meter-twice", "each step is kept double", "F-THR-007", _steps(lambda steps: [2 * s for s in steps])),
+    MeterFault("meter-tenth", "a tenth of each step is reported", "F-THR-008", _steps(lambda s: [1e-4 for _ in s])),
+    MeterFault("meter-replays", "samples of an earlier run are reported", "F-THR-008", _replay),
+    MeterFault(
+        "meter-constant", "a millisecond for every step", "F-THR-008", _steps(lambda steps: [1e-3 for _ in steps])
+    ),
+)
