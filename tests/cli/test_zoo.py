@@ -114,3 +114,34 @@ def test_matrix_writes_its_json_and_its_page(healthy, tmp_path, monkeypatch, cap
     out = capsys.readouterr().out
     assert "with_reference: 1 of 4 killed (25.0 %)" in out
     assert "survivors: blind" in out
+
+
+def test_only_a_whole_matrix_of_the_bundled_model_is_published(tmp_path, monkeypatch, pygmy):
+    """The rates beside every score are the suite's, so a quick or foreign matrix must not pass for it."""
+    import apr_core.zoo
+    from apr_core.cli.zoo import _publish
+    from apr_core.errors import UsageError
+    from apr_core.formats.checkpoint import open_checkpoint
+    from apr_core.report.page import published_rates
+
+    with open_checkpoint(pygmy) as checkpoint:
+        model = {"name": "pygmy", "sha256": checkpoint.content_hash}
+    body = {
+        "quick": False,
+        "model": model,
+        "rates": {"kill_rate": 1.0},
+        "provenance": {"time": "2026-01-02T03:04:05"},
+        "code_digest": "ab",
+        "defects": [{"class": "a"}, {"class": "a"}],
+        "benign": [],
+        "suite_faults": [1],
+    }
+    monkeypatch.setattr(apr_core.zoo, "__file__", str(tmp_path / "__init__.py"))
+    for wrong in ({"quick": True}, {"model": {"name": "pygmy", "sha256": "0"}}):
+        with pytest.raises(UsageError, match="whole matrix"):
+            _publish(body | wrong)
+    written = json.loads(_publish(body).read_text())
+
+    assert written["counts"] == {"defects": 2, "classes": 1, "legal_oddities": 0, "suite_faults": 1}
+    assert (written["date"], written["rates"]) == ("2026-01-02", {"kill_rate": 1.0})
+    assert published_rates()["model"] == "pygmy"

@@ -183,7 +183,7 @@ def test_a_broken_meter_is_seen_and_mended(fault, judge):
 def test_the_meter_is_mended_after_an_error():
     """A fault that outlives its test would refute every later claim."""
     right = timing._decode_once
-    planted = METER_FAULTS[4].plant()
+    planted = next(f for f in METER_FAULTS if f.id == "meter-token-zero").plant()
     planted.__enter__()
     assert timing._decode_once is not right
     planted.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
