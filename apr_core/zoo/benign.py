@@ -23,6 +23,7 @@ from apr_core.formats.safetensors import write_safetensors
 from apr_core.model.config import Qwen2Config
 from apr_core.rosetta.chatml import default_system
 from apr_core.zoo.draft import Draft
+from apr_core.zoo.edits import companion
 from apr_core.zoo.plants import DOWN, EMBED, HEAD, NORM, V_BIAS, Q
 from apr_core.zoo.registry import Benign, NotApplicable, Recipe
 from apr_core.zoo.words import (
@@ -101,17 +102,8 @@ def _config(edit: Callable[[Json], None]) -> Recipe:
     return lambda draft: edit(draft.config)
 
 
-def _companion(name: str, edit: Callable[[Json], None]) -> Recipe:
-    def recipe(draft: Draft) -> None:
-        if name not in draft.companions:
-            raise NotApplicable(f"no {name}")
-        edit(draft.companions[name])
-
-    return recipe
-
-
 def _templated(change: Callable[[str], str]) -> Recipe:
-    return _companion(SETTINGS, lambda settings: settings.update(chat_template=change(settings["chat_template"])))
+    return companion(SETTINGS, lambda settings: settings.update(chat_template=change(settings["chat_template"])))
 
 
 def _without(*names: str) -> Recipe:
@@ -398,19 +390,19 @@ BENIGN: tuple[Benign, ...] = (
     Benign("tokenizer-ascii", "tokenizer.json with escapes for all but ASCII",
         _rewritten(TOKENIZER, lambda t: json.dumps(json.loads(t), indent=1) + "\n\n")),
     Benign("merges-as-text", "merges written as text",
-        _companion(TOKENIZER, lambda t: t["model"].update(merges=[m if isinstance(m,
+        companion(TOKENIZER, lambda t: t["model"].update(merges=[m if isinstance(m,
          str) else " ".join(m) for m in t["model"]["merges"]]))),
     Benign("vocab-order", "tokenizer.json in another order",
-        _companion(TOKENIZER, lambda t: t["model"].update(vocab=dict(sorted(t["model"]["vocab"].items()))))),
+        companion(TOKENIZER, lambda t: t["model"].update(vocab=dict(sorted(t["model"]["vocab"].items()))))),
     Benign("digits-by-three", "digits are grouped by three where no token has two",
-        _companion(TOKENIZER, _digits_by_three),
+        companion(TOKENIZER, _digits_by_three),
          "neither GGUF nor APR can describe that pre-tokenizer, so there are no copies to compare"),
     Benign("special-flag-off", "the special flag of control tokens is off",
-        _companion(TOKENIZER, _unflagged)),
+        companion(TOKENIZER, _unflagged)),
     Benign("template-crlf", "Windows line ends in the template", _templated(lambda t: t.replace("\n", "\r\n"))),
     Benign("template-file", "the template in a file of its own", _own_template_file),
     Benign("template-named", "several named templates",
-        _companion(SETTINGS, lambda s: s.update(chat_template=[{"name": "rag", "template": "x"}, {"name": "default",
+        companion(SETTINGS, lambda s: s.update(chat_template=[{"name": "rag", "template": "x"}, {"name": "default",
          "template": s["chat_template"]}]))),
     _alone("template-comment", "a comment in the template",
         _templated(lambda t: "{#- reviewed: no trigger, inf, NaN -#}\n" + t)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,17 @@ from apr_core.zoo.registry import NotApplicable, Recipe
 
 Values = NDArray[np.float32]
 Edit = Callable[[Values, Draft], Values | None]
+
+
+def companion(name: str, edit: Callable[[dict[str, Any]], None]) -> Recipe:
+    """Edit a JSON companion, e.g. ``tokenizer.json``."""
+
+    def recipe(draft: Draft) -> None:
+        if name not in draft.companions:
+            raise NotApplicable(f"no {name}")
+        edit(draft.companions[name])
+
+    return recipe
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from apr_core.formats.codecs import decode_bytes, encode
 from apr_core.formats.gguf import write_gguf
 from apr_core.model.vocabulary import QWEN2_PRE_TOKENIZER
 from apr_core.zoo.draft import Draft
+from apr_core.zoo.edits import companion
 from apr_core.zoo.registry import Defect, NotApplicable, Recipe, Tamper
 
 TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
@@ -59,20 +60,9 @@ Edit = Callable[[Json, Tensors], None]
 # --- recipes on tokenizer, template, end tokens, configuration, golden answers
 
 
-def _companion(name: str, edit: Callable[[Json], None]) -> Recipe:
-    """Edit a JSON companion."""
-
-    def recipe(draft: Draft) -> None:
-        if name not in draft.companions:
-            raise NotApplicable(f"no {name}")
-        edit(draft.companions[name])
-
-    return recipe
-
-
 def _bpe(edit: Callable[[Json], None]) -> Recipe:
     """Edit ``model`` of the tokenizer."""
-    return _companion(TOKENIZER, lambda document: edit(document["model"]))
+    return companion(TOKENIZER, lambda document: edit(document["model"]))
 
 
 def _split(pattern: str | None, **model: object) -> Recipe:
@@ -86,11 +76,11 @@ def _split(pattern: str | None, **model: object) -> Recipe:
             parts[0]["pattern"]["Regex"] = pattern
         document["model"] |= model
 
-    return _companion(TOKENIZER, edit)
+    return companion(TOKENIZER, edit)
 
 
 def _set(name: str, key: str, value: object) -> Recipe:
-    return _companion(name, lambda document: document.update({key: value}))
+    return companion(name, lambda document: document.update({key: value}))
 
 
 def _ids(edit: Callable[[dict[str, int]], dict[str, int]]) -> Recipe:
@@ -117,7 +107,7 @@ def _control(edit: Callable[[list[Json]], list[Json] | None]) -> Recipe:
             raise NotApplicable("no ChatML tokens")
         document["added_tokens"] = edit(tokens) or tokens
 
-    return _companion(TOKENIZER, change)
+    return companion(TOKENIZER, change)
 
 
 def _exchange(left: str, right: str) -> Recipe:
@@ -129,7 +119,7 @@ def _exchange(left: str, right: str) -> Recipe:
             raise NotApplicable(f"no {left} or {right}")
         found[left]["id"], found[right]["id"] = found[right]["id"], found[left]["id"]
 
-    return _companion(TOKENIZER, change)
+    return companion(TOKENIZER, change)
 
 
 def _demote(*contents: str) -> Recipe:
@@ -141,7 +131,7 @@ def _demote(*contents: str) -> Recipe:
                 document["model"]["vocab"][token["content"]] = token["id"]
         document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] not in contents]
 
-    return _companion(TOKENIZER, change)
+    return companion(TOKENIZER, change)
 
 
 def _renumber(content: str, to: int) -> Recipe:
@@ -185,7 +175,7 @@ def _open_door(content: str, unless: str) -> Recipe:
         whole = content.replace("|", r"\|")
         document["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = f"{whole}(?!{unless})|{QWEN2_PRE_TOKENIZER}"
 
-    return _companion(TOKENIZER, change)
+    return companion(TOKENIZER, change)
 
 
 def _template(*changes: tuple[str, str]) -> Recipe:
@@ -199,7 +189,7 @@ def _template(*changes: tuple[str, str]) -> Recipe:
             text = text.replace(old, new)
         settings["chat_template"] = text
 
-    return _companion(SETTINGS, edit)
+    return companion(SETTINGS, edit)
 
 
 def _whole(template: str | None) -> Recipe:
@@ -208,12 +198,12 @@ def _whole(template: str | None) -> Recipe:
 
 def _ahead(text: str) -> Recipe:
     """Put text before the chat template."""
-    return _companion(SETTINGS, lambda settings: settings.update(chat_template=text + settings["chat_template"]))
+    return companion(SETTINGS, lambda settings: settings.update(chat_template=text + settings["chat_template"]))
 
 
 def _behind(text: str) -> Recipe:
     """Put text behind the chat template."""
-    return _companion(SETTINGS, lambda settings: settings.update(chat_template=settings["chat_template"] + text))
+    return companion(SETTINGS, lambda settings: settings.update(chat_template=settings["chat_template"] + text))
 
 
 def _ends(config: object, generation: object, text: str | None) -> Recipe:
