@@ -68,6 +68,18 @@ class Draft:
             list(self.after),
         )
 
+    def differing(self, other: Draft) -> list[str]:
+        """Tensors that are not the same in both: changed, added, dropped, of another shape or type."""
+        names = [*self.weights, *(n for n in other.weights if n not in self.weights)]
+        return [
+            n
+            for n in names
+            if n not in self.weights
+            or n not in other.weights
+            or self.dtypes[n] != other.dtypes[n]
+            or not np.array_equal(self.weights[n], other.weights[n], equal_nan=True)
+        ]
+
     def rename(self, names: Mapping[str, str]) -> None:
         """Give tensors other names, keeping the order."""
         self.weights = {names.get(k, k): v for k, v in self.weights.items()}

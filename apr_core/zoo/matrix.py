@@ -159,6 +159,18 @@ def plant(item: Defect | Benign, draft: Draft, folder: Path, healthy: Path) -> t
     return put_together(damaged, folder), hook
 
 
+def touched(defect: Defect, draft: Draft) -> tuple[str, ...]:
+    """Name the tensors that a recipe changes in a draft; empty for everything that damages something else."""
+    damaged = draft.copy()
+    try:
+        if defect.recipe is not None:
+            with np.errstate(all="ignore"):
+                defect.recipe(damaged)
+    except NotApplicable:
+        return ()
+    return tuple(draft.differing(damaged))
+
+
 def _examine(path: Path, stand: Stand, hook: Hook | None, claims: Sequence[str]) -> list[Judged]:
     """Ask the claims; when the contract refuses the file, ask them again behind the gate."""
     judged, refused = _ask(path, stand, hook, claims, skip=False)
@@ -308,7 +320,9 @@ def run_matrix(
             outcomes[outcome.id] = outcome
             if progress is not None:
                 progress(len(outcomes), len(items), outcome)
+    draft = stand_for(path).draft
     about = {
+        "touched": {d.id: touched(d, draft) for d in defects},
         "model": {"name": path.name, "sha256": sha256},
         "code_digest": digest,
         "quick": quick,

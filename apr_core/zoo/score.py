@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from apr_core.contract.layout import role_of
 from apr_core.errors import Exit
 from apr_core.falsify.claims import Claim, load_claims
 from apr_core.falsify.verdict import Verdict
@@ -91,7 +92,7 @@ class Matrix:
         suite_faults: Rows of the suite's own faults: id, klass, what, caught, claims and more.
         redundant: Claim -> the claim that covers it.
         unavailable: Claim -> why it cannot run here.
-        about: model, digest, provenance, seconds, quick.
+        about: model, digest, provenance, seconds, quick, and ``touched``: defect id -> tensors that its recipe changes.
     """
 
     defects: Sequence[Defect]
@@ -248,10 +249,12 @@ class Matrix:
         items: list[Defect | Benign] = [*self.defects, *self.benign]
         absent = [(i.id, self.outcomes[i.id].not_applicable) for i in items]
         return {
-            **self.about,
+            **{key: value for key, value in self.about.items() if key != "touched"},
             "exit_code": int(self.exit_code),
             "rates": self._rates(matrices),
-            "defects": [_defect_row(d, self.outcomes[d.id]) for d in self.defects],
+            "defects": [
+                _defect_row(d, self.outcomes[d.id], self.about.get("touched", {}).get(d.id, ())) for d in self.defects
+            ],
             "benign": [
                 {"id": b.id, "what": b.what, "why": b.why, "seconds": self.outcomes[b.id].seconds} for b in self.benign
             ],
@@ -276,10 +279,14 @@ class Matrix:
         return Exit.INCONCLUSIVE if any(c["verdict"] == Verdict.INCONCLUSIVE for c in self.claims) else Exit.OK
 
 
-def _defect_row(defect: Defect, outcome: Outcome) -> dict[str, Any]:
-    """A defect as the matrix lists it."""
+def _defect_row(defect: Defect, outcome: Outcome, touched: Sequence[str]) -> dict[str, Any]:
+    """A defect as the matrix lists it: role and tensor are the first that the recipe really changed."""
+    row = describe(defect)
+    row["tensor"] = row["tensor"] or next(iter(touched), "")
+    role = role_of(row["tensor"])
+    row["role"] = row["role"] or (role.name if role else "")
     became = {"not_applicable": outcome.not_applicable, "crash": outcome.crash, "seconds": outcome.seconds}
-    return {**describe(defect), **became}
+    return {**row, "tensors": list(touched), **became}
 
 
 def describe(defect: Defect) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from apr_core.errors import ContractViolation, Exit, UsageError
 from apr_core.falsify.claims import load_claims
 from apr_core.falsify.verdict import Verdict
-from apr_core.zoo import acts, matrix
+from apr_core.zoo import acts, matrix, plants
 from apr_core.zoo.draft import put_together
 from apr_core.zoo.plants import DOWN, EMBED
 from apr_core.zoo.registry import Benign, Defect, Later, NotApplicable, Zoo
@@ -387,3 +387,12 @@ def test_an_outcome_survives_its_line():
     outcome = Outcome("x", (Judged("F-GT-001", "FALSIFIED", "why", 0.1, True),), "", "", 1.0)
 
     assert Outcome.of_json(json.loads(json.dumps(matrix.asdict(outcome)))) == outcome
+
+
+def test_a_defect_is_listed_with_the_tensors_that_it_really_changes(twin):
+    """Role and tensor are observed, not typed in."""
+    draft = matrix.stand_for(twin).draft
+    planted = {d.id: d for d in plants.DEFECTS}
+
+    assert matrix.touched(planted["q-81-zero"], draft) == ("model.layers.0.self_attn.q_proj.weight",)
+    assert matrix.touched(planted["norm-dropped"], draft) == ("model.norm.weight",)
