@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from apr_core.cli import commands
+from apr_core.cli import commands, dispatch
 from apr_core.errors import AprError, Exit
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminated)
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        code = int(app(args=arguments, prog_name="apr", standalone_mode=False) or 0)
+        gated = dispatch.attach(typer.main.get_command(app))
+        code = int(gated(args=arguments, prog_name="apr", standalone_mode=False) or 0)
         # newer typer turns Ctrl-C into this code without a word, older into Abort
         return _say("interrupted", INTERRUPTED, []) if code == INTERRUPTED else code
     except AprError as error:

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from apr_core.cli import zoo
+from apr_core.cli.dispatch import admission_of
 from apr_core.errors import UsageError
 
 SkipContract = Annotated[
@@ -65,7 +66,7 @@ def run(
     if said is None:
         raise UsageError("no prompt was given", advice="put it in quotes behind the model")
     answer(
-        model,
+        admission_of(context),
         said,
         system=system,
         raw=raw,
@@ -78,7 +79,6 @@ def run(
         },
         device=device,
         stream=stream,
-        skip_contract=_skips(context, skip_contract),
     )
 
 

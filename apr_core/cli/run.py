@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from apr_core.cli.output import WHOLE, note
-from apr_core.cli.progress import progress
-from apr_core.contract.admit import Admission, admit
-from apr_core.engines.subject import DEVICES, resolve_model
+from apr_core.engines.subject import DEVICES
 from apr_core.errors import UsageError
-from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
 from apr_core.report.text import clean, seconds
 
 if TYPE_CHECKING:
+    from apr_core.contract.admit import Admission
     from apr_core.model.generate import Generation
     from apr_core.model.tokens import PreparedTokens, Tokenizer
 
@@ -23,7 +21,7 @@ _UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
 
 
 def answer(
-    model: str,
+    admission: Admission,
     prompt: str,
     *,
     system: str | None,
@@ -31,24 +29,21 @@ def answer(
     sampling: Mapping[str, Any],
     device: str,
     stream: bool,
-    skip_contract: bool,
 ) -> None:
     """
     Answer one prompt.
 
     Args:
-        model: Path, or ``pygmy``.
+        admission: The model, as the gate admitted it.
         prompt: What the user says.
         system: A system message; None for the template's own.
         raw: Give the text as it is.
         sampling: As `generate` takes it.
         device: ``auto``, ``cpu`` or ``cuda``.
         stream: Print tokens as they come.
-        skip_contract: The explicit bypass.
 
     Raises:
-        AprError: As the steps raise it: usage 2, not found 3, format 4, refused 5, no tokenizer 6, inference 8,
-            no such device 9.
+        AprError: As the steps raise it: usage 2, no tokenizer 6, inference 8, no such device 9.
     """
     from apr_core.engines.load import build
     from apr_core.model.generate import generate
@@ -56,11 +51,12 @@ def answer(
 
     if device not in DEVICES:
         raise UsageError(f"expected a device of {', '.join(DEVICES)}, found {device!r}")
-    with open_checkpoint(resolve_model(model)) as checkpoint:
-        # Before the weights are judged and loaded: a missing tokenizer or a refused prompt shows at once.
+    with admission.checkpoint as checkpoint:
+        # Before the weights are decoded: a missing tokenizer or a refused prompt shows at once.
         prepared = _prepare(load_tokenizer(checkpoint), prompt, system, raw=raw)
-        where = _device(device)
-        loaded = build(_admit(checkpoint, skip_contract), device=where)
+        if str(checkpoint.metadata.get("apr.untrained", "")).lower() == "true":
+            note("an untrained model of `apr synth`: its text has no meaning")
+        loaded = build(admission, device=_device(device))
         note(f"{checkpoint.path.name}: {checkpoint.format}, {loaded.backend} on {loaded.device}")
         started = time.monotonic()
         generation = generate(loaded, prepared, **sampling)
@@ -83,18 +79,6 @@ def _prepare(tokenizer: Tokenizer, prompt: str, system: str | None, *, raw: bool
     messages = [{"role": "system", "content": system}] if system is not None else []
     note(f"chat: the model's own template (sha256 {str(tokenizer.template_hash)[:12]})")
     return prepare_tokens(tokenizer, messages=[*messages, {"role": "user", "content": prompt}])
-
-
-def _admit(checkpoint: Checkpoint, skip: bool) -> Admission:
-    with progress("measuring") as step:
-        admission = admit(checkpoint, skip=skip, progress=lambda done, total, _: step(done, total))
-    admission.require()
-    if skip:
-        found = len(admission.violations)
-        note(f"contract bypassed (--skip-contract): {found} violations are ignored; nothing can be concluded from this")
-    if str(checkpoint.metadata.get("apr.untrained", "")).lower() == "true":
-        note("an untrained model of `apr synth`: its text has no meaning")
-    return admission
 
 
 def _device(asked: str) -> str:

@@ -186,9 +186,10 @@ def test_the_bypass_counts_before_and_after(
         seen.append(skip_contract)
         return 0
 
-    from apr_core.cli import qa, run, runner
+    from apr_core.cli import dispatch, qa, run, runner
 
-    monkeypatch.setattr(run, "answer", note)
+    monkeypatch.setattr(dispatch, "gate", lambda _, *, skip: seen.append(skip))
+    monkeypatch.setattr(run, "answer", lambda *_, **__: 0)
     monkeypatch.setattr(qa, "examine", note)
     monkeypatch.setattr(qa, "show_examination", lambda *_, **__: 0)
     monkeypatch.setattr(runner, "run_suite", note)

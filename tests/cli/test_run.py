@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apr_core.cli import run
+from apr_core.cli import dispatch, run
 from apr_core.cli.app import main
 from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.model.tokens import load_tokenizer, prepare_tokens
@@ -133,7 +133,7 @@ def test_a_missing_device_is_9(
 ) -> None:
     """CUDA that was asked for and is not there is an error, never a silent CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(run, "_admit", None)  # before minutes of judging
+    monkeypatch.setattr(dispatch, "gate", None)  # before minutes of judging
     assert main(["run", str(healthy), "x", "--device", "cuda"]) == 9
     out, err = capsys.readouterr()
     assert out == ""
