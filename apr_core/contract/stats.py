@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from apr_core.contract.gates import load_gates
 from apr_core.formats import codecs
 from apr_core.formats.checkpoint import RawTensor
+from apr_core.kernels.stats import digest_lanes, fold_lanes
 
 Floats = NDArray[np.float32]
 
@@ -45,6 +46,7 @@ class TensorStats:
         nonfinite_scales: Block scales that are NaN or infinite; 0 for types without scales.
         row_l2: Norm of each spot row by row number, when asked for.
         dead_rows: Rows whose norm is below `measure.dead_row_l2`, when spot rows were asked for.
+        digest: 128-bit digest of the stored bytes, 32 hexadecimal digits (`kernels.stats.digest_lanes`).
     """
 
     name: str
@@ -60,6 +62,7 @@ class TensorStats:
     nonfinite_scales: int = 0
     row_l2: tuple[tuple[int, float], ...] = ()
     dead_rows: int | None = None
+    digest: str = ""
 
     @property
     def zero_percent(self) -> float:
@@ -150,7 +153,7 @@ class _Running:
         self.squares += squares
         self.finite = merged
 
-    def finish(self, name: str, nonfinite_scales: int) -> TensorStats:
+    def finish(self, name: str, nonfinite_scales: int, digest: str) -> TensorStats:
         """Turn the sums into statistics."""
         table = load_gates()
         norms = np.concatenate(self.rows) if self.rows else None
@@ -172,6 +175,7 @@ class _Running:
             row_l2=spots,
             # not written as norm < limit: a row with a NaN in it is not alive
             dead_rows=None if norms is None else int((~(norms >= table.dead_row_l2)).sum()),
+            digest=digest,
         )
 
 
@@ -207,7 +211,13 @@ def measure(raw: RawTensor, *, spot_rows: bool = False) -> TensorStats:
     bad_scales = 0 if scales is None else int(np.count_nonzero(~np.isfinite(scales)))
     dtype = raw.info.dtype
     zero_block = dtype.block_elements if dtype.name in load_gates().ternary else 1
-    return _run(raw.info.name, _chunks(raw), spot_rows and len(raw.info.shape) == 2, zero_block, bad_scales)
+    digest = digest_of(raw.data)
+    return _run(raw.info.name, _chunks(raw), spot_rows and len(raw.info.shape) == 2, zero_block, bad_scales, digest)
+
+
+def digest_of(data: NDArray[np.uint8]) -> str:
+    """Return the digest of the stored bytes of a tensor, as `TensorStats.digest` has it."""
+    return fold_lanes(digest_lanes(data), data.size)
 
 
 def measure_values(name: str, values: Floats, *, spot_rows: bool = False) -> TensorStats:
@@ -215,10 +225,13 @@ def measure_values(name: str, values: Floats, *, spot_rows: bool = False) -> Ten
     flat = np.ascontiguousarray(values, dtype=np.float32)
     columns = flat.shape[-1] if flat.ndim else 1
     table = flat.reshape(-1, columns) if flat.size else flat.reshape(0, max(columns, 1))
-    return _run(name, _pieces(table), spot_rows and values.ndim == 2, 1, 0)
+    digest = digest_of(table.reshape(-1).view(np.uint8))
+    return _run(name, _pieces(table), spot_rows and values.ndim == 2, 1, 0, digest)
 
 
-def _run(name: str, chunks: Iterator[Floats], spot_rows: bool, zero_block: int, bad_scales: int) -> TensorStats:
+def _run(
+    name: str, chunks: Iterator[Floats], spot_rows: bool, zero_block: int, bad_scales: int, digest: str
+) -> TensorStats:
     running = _Running(np.float32(load_gates().zero_below), zero_block)
     # overflow and invalid operations are what is being looked for here, not a surprise
     with np.errstate(all="ignore"):
@@ -226,7 +239,7 @@ def _run(name: str, chunks: Iterator[Floats], spot_rows: bool, zero_block: int, 
             if spot_rows:
                 running.add_rows(chunk)
             running.add(chunk.reshape(-1))
-    return running.finish(name, bad_scales)
+    return running.finish(name, bad_scales, digest)
 
 
 def _chunks(raw: RawTensor) -> Iterator[Floats]:

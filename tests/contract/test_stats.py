@@ -189,3 +189,15 @@ def test_fast_enough() -> None:
     start = time.process_time()
     measure(raw, spot_rows=True)
     assert time.process_time() - start < stored.size / 15e6
+
+
+def test_the_digest_is_of_the_stored_bytes() -> None:
+    """32 hexadecimal digits that a changed bit changes; the same bytes have the same, whatever their type."""
+    stored = np.random.default_rng(6).integers(0x3C00, 0x3D00, (33, 64), dtype=np.uint16)
+    before = measure(raw_of("BF16", stored, stored.shape)).digest
+    assert before == measure(raw_of("F16", stored, stored.shape), spot_rows=True).digest
+    stored[32, 63] ^= 1
+    assert (len(before), int(before, 16) > 0) == (32, True)
+    assert measure(raw_of("BF16", stored, stored.shape)).digest != before
+    values = np.ones((3, 5), np.float32)
+    assert measure_values("t", values).digest == measure(raw_of("F32", values, (3, 5))).digest
