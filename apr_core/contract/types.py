@@ -12,17 +12,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import ClassVar, final
+from typing import Any, ClassVar, NoReturn, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apr_core.contract.gates import Violation, judge_span, judge_tensor, load_gates, needs_spot_rows, undecodable
-from apr_core.contract.layout import Geometry, Kind, Role, role_of
+from apr_core.contract.layout import EMBEDDING, HEAD, Geometry, Kind, Role, role_of
 from apr_core.contract.stats import TensorStats, measure
 from apr_core.errors import AprError, ContractViolation, UsageError
 from apr_core.formats import codecs
 from apr_core.formats.checkpoint import Checkpoint, RawTensor
+
+
+def _closed(cls: type) -> NoReturn:
+    """Refuse a subclass: it could leave the gate out, and would pass for the type that has it."""
+    raise TypeError(f"{cls.__name__}: {', '.join(base.__name__ for base in cls.__bases__)} cannot be subclassed")
+
 
 # What `admit` shows to build an Admission. `dataclasses.replace(admission, violations=())` does not have it.
 ADMIT = object()
@@ -51,6 +57,9 @@ class Admission:
     extras: tuple[str, ...] = ()
     bypassed: bool = False
     token: InitVar[object] = None
+
+    def __init_subclass__(cls) -> None:
+        _closed(cls)
 
     def __post_init__(self, token: object) -> None:
         if token is not ADMIT:
@@ -128,7 +137,7 @@ class Admission:
 
 @dataclass(frozen=True, eq=False, repr=False, slots=True)
 class _Validated:
-    """The common door of the three tensor types; see the module docstring."""
+    """The common door of the four tensor types; see the module docstring."""
 
     kinds: ClassVar[tuple[Kind, ...]] = ()
 
@@ -138,6 +147,10 @@ class _Validated:
     role: Role = field(init=False)
     stats: TensorStats = field(init=False)
     bypassed: bool = field(init=False)
+
+    def __init_subclass__(cls) -> None:
+        if cls.__bases__ != (_Validated,):
+            _closed(cls)
 
     def __post_init__(self, admission: Admission | None) -> None:
         role = role_of(self.raw.info.name)
@@ -192,9 +205,9 @@ class ValidatedEmbedding(_Validated):
 @final
 @dataclass(frozen=True, eq=False, repr=False, slots=True)
 class ValidatedWeight(_Validated):
-    """A projection or the head, [out, in]."""
+    """A projection, [out, in]."""
 
-    kinds = ("weight", "head")
+    kinds = ("weight",)
 
 
 @final
@@ -205,9 +218,72 @@ class ValidatedVector(_Validated):
     kinds = ("norm", "bias")
 
 
-Validated = ValidatedEmbedding | ValidatedWeight | ValidatedVector
-_TYPES: dict[Kind, type[ValidatedEmbedding] | type[ValidatedWeight] | type[ValidatedVector]] = {
-    kind: made for made in (ValidatedEmbedding, ValidatedWeight, ValidatedVector) for kind in made.kinds
+@final
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
+class ValidatedHead(_Validated):
+    """The output matrix as it is stored, [vocabulary, hidden]; of a tied model the embedding once more."""
+
+    kinds = ("head", "embedding")
+
+    def __post_init__(self, admission: Admission | None) -> None:
+        _Validated.__post_init__(self, admission)
+        if self.role.kind == "embedding" and not self.geometry.tied:
+            raise TypeError(f"{self.name} is not the head of this model, which has one of its own")
+
+
+Pack = Callable[[ValidatedHead], NDArray[Any]]
+
+
+def transposed(head: ValidatedHead) -> NDArray[np.float32]:
+    """Decode a head to [hidden, vocabulary]."""
+    return np.ascontiguousarray(head.values().T)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
+class RepackedHead:
+    """
+    The output matrix in an engine's own layout, made from a `ValidatedHead` and from nothing else.
+
+    It is no `ValidatedHead`, and none becomes one: a head multiplied in the other layout gives fluent noise and, in a
+    square or padded buffer, no error. `replace`, `copy` and `pickle` pack again.
+
+    Attributes:
+        head: The judged matrix.
+        pack: Lays it out anew; the array that it returns must be its own.
+        data: What `pack` made, read-only, uncopied.
+    """
+
+    head: ValidatedHead
+    pack: Pack = transposed
+    data: NDArray[Any] = field(init=False)
+
+    def __init_subclass__(cls) -> None:
+        _closed(cls)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.head, ValidatedHead):
+            raise TypeError(f"expected a ValidatedHead to pack, found {type(self.head).__name__}")
+        made = np.ascontiguousarray(self.pack(self.head))
+        # over a read-only view of the memory: its flag cannot be set back, as that of an array of its own could
+        data = np.frombuffer(made.data.toreadonly(), dtype=made.dtype).reshape(made.shape)
+        object.__setattr__(self, "data", data)
+
+    def __repr__(self) -> str:
+        return f"RepackedHead({self.head.name}, {self.data.dtype} {list(self.data.shape)})"
+
+    def __reduce__(self) -> tuple[type[RepackedHead], tuple[ValidatedHead, Pack]]:
+        return RepackedHead, (self.head, self.pack)
+
+
+Validated = ValidatedEmbedding | ValidatedWeight | ValidatedVector | ValidatedHead
+_T = TypeVar("_T", ValidatedEmbedding, ValidatedWeight, ValidatedVector, ValidatedHead)
+_TYPES: dict[Kind, Callable[[RawTensor, Geometry, Admission], Validated]] = {
+    "embedding": ValidatedEmbedding,
+    "head": ValidatedHead,
+    "weight": ValidatedWeight,
+    "norm": ValidatedVector,
+    "bias": ValidatedVector,
 }
 
 
@@ -226,6 +302,9 @@ class ValidatedModel:
     admission: Admission
     tensors: Mapping[str, Validated] = field(init=False)
 
+    def __init_subclass__(cls) -> None:
+        _closed(cls)
+
     def __post_init__(self) -> None:
         admission = self.admission
         if not isinstance(admission, Admission):
@@ -239,6 +318,26 @@ class ValidatedModel:
             assert role is not None
             made[name] = _TYPES[role.kind](raw, admission.geometry, admission)
         object.__setattr__(self, "tensors", MappingProxyType(made))
+
+    def take(self, name: str, kind: type[_T]) -> _T:
+        """
+        Return a tensor as the type that it must have.
+
+        Raises:
+            KeyError: The model has no such tensor.
+            TypeError: It is for something else.
+        """
+        tensor = self.tensors[name]
+        if not isinstance(tensor, kind):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, not a {kind.__name__}")
+        return tensor
+
+    @property
+    def head(self) -> ValidatedHead:
+        """The output matrix: the stored one, or of a tied model the embedding."""
+        if not self.tied:
+            return self.take(HEAD, ValidatedHead)
+        return ValidatedHead(self.checkpoint.raw(EMBEDDING), self.geometry, self.admission)
 
     @property
     def checkpoint(self) -> Checkpoint:

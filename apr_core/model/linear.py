@@ -1,8 +1,9 @@
 """
 Weights as torch sees them: the only place where an admitted tensor becomes a torch tensor.
 
-An engine that computes a projection differently replaces `Weights` and nothing else. The torch views stay in this file,
-and no object of the model takes another value once it is built: the contract judged these bytes, not later ones.
+An engine that computes a projection differently replaces `Weights` and nothing else. Every part takes the validated
+type that it is for, and neither an array nor a tensor of another role. The torch views stay in this file, and no object
+of the model takes another value once it is built: the contract judged these bytes, not later ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from apr_core.contract.types import ValidatedModel
+from apr_core.contract.types import (
+    Validated,
+    ValidatedEmbedding,
+    ValidatedHead,
+    ValidatedModel,
+    ValidatedVector,
+    ValidatedWeight,
+)
 
 _ADVICE = "weights are admitted once, with their file; build another model with load_model(path)"
 
@@ -43,11 +51,17 @@ class Sealed(metaclass=_Sealing):
         raise TypeError(f"{type(self).__name__} takes no state dict; {_ADVICE}")
 
 
+CPU = torch.device("cpu")
+
+
 class Linear(Sealed):
     """``x @ weight.T + bias``; the weight is [out, in]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
+    def __init__(
+        self, weight: ValidatedWeight, bias: ValidatedVector | None = None, device: torch.device = CPU
+    ) -> None:
+        self._weight = _torch(weight, ValidatedWeight, device)
+        self._bias = None if bias is None else _torch(bias, ValidatedVector, device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
@@ -57,27 +71,51 @@ class Linear(Sealed):
 class Embedding(Sealed):
     """A table of rows, [vocab_size, hidden_size]."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
+    def __init__(self, weight: ValidatedEmbedding, device: torch.device = CPU) -> None:
+        self._weight, self._source = _torch(weight, ValidatedEmbedding, device), weight
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Map [tokens] to [tokens, hidden_size]."""
         return self._weight[ids]
 
-    def as_head(self) -> Linear:
-        """Return the head of a tied model: the same memory, not a copy."""
-        return Linear(self._weight, None)
+
+class Head(Sealed):
+    """
+    ``x @ weight.T``: the logits, from the output matrix in its natural layout, [vocab_size, hidden_size].
+
+    A `RepackedHead` belongs to the engine that packed it and is refused here.
+
+    Args:
+        weight: The output matrix.
+        device: Where it lives.
+        table: The embedding of a tied model, whose memory is then used and not a copy.
+    """
+
+    def __init__(self, weight: ValidatedHead, device: torch.device = CPU, table: Embedding | None = None) -> None:
+        shared = table is not None and isinstance(weight, ValidatedHead) and table._source.raw.info == weight.raw.info
+        self._weight = table._weight if table is not None and shared else _torch(weight, ValidatedHead, device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [..., hidden_size] to [..., vocab_size]."""
+        return functional.linear(x, self._weight)
 
 
 class RMSNorm(Sealed):
     """Scale each row to a root mean square of one, then by a learned gain."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight, self._eps = weight, eps
+    def __init__(self, weight: ValidatedVector, eps: float, device: torch.device = CPU) -> None:
+        self._weight, self._eps = _torch(weight, ValidatedVector, device), eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [..., hidden_size] to the same shape."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps) * self._weight
+
+
+def _torch(tensor: Validated, kind: type[Validated], device: torch.device) -> Tensor:
+    """Decode a validated tensor of one kind to float32 on a device."""
+    if not isinstance(tensor, kind):
+        raise TypeError(f"expected a {kind.__name__}, found {type(tensor).__name__}; {_ADVICE}")
+    return torch.from_numpy(tensor.values()).to(device)
 
 
 class Weights:
@@ -92,16 +130,18 @@ class Weights:
 
     def linear(self, name: str) -> Linear:
         """Return the projection ``name``, with its bias when the model has one."""
-        bias = f"{name}.bias"
-        return Linear(self._tensor(f"{name}.weight"), self._tensor(bias) if bias in self._validated.tensors else None)
+        model, bias = self._validated, f"{name}.bias"
+        offset = model.take(bias, ValidatedVector) if bias in model.tensors else None
+        return Linear(model.take(f"{name}.weight", ValidatedWeight), offset, self._device)
 
     def embedding(self, name: str) -> Embedding:
         """Return the table ``name``."""
-        return Embedding(self._tensor(f"{name}.weight"))
+        return Embedding(self._validated.take(f"{name}.weight", ValidatedEmbedding), self._device)
 
     def norm(self, name: str, eps: float) -> RMSNorm:
         """Return the norm ``name``."""
-        return RMSNorm(self._tensor(f"{name}.weight"), eps)
+        return RMSNorm(self._validated.take(f"{name}.weight", ValidatedVector), eps, self._device)
 
-    def _tensor(self, name: str) -> Tensor:
-        return torch.from_numpy(self._validated.tensors[name].values()).to(self._device)
+    def head(self, table: Embedding) -> Head:
+        """Return the head; of a tied model it shares the memory of ``table``."""
+        return Head(self._validated.head, self._device, table)

@@ -169,8 +169,7 @@ class Qwen2(Sealed):
         self.embed_tokens = weights.embedding("model.embed_tokens")
         self.layers = tuple(DecoderLayer(config, weights, layer) for layer in range(config.num_hidden_layers))
         self.norm = weights.norm("model.norm", config.rms_norm_eps)
-        tied = config.tie_word_embeddings
-        self.lm_head = self.embed_tokens.as_head() if tied else weights.linear("lm_head")
+        self.lm_head = weights.head(self.embed_tokens)
 
     @property
     def device(self) -> str:

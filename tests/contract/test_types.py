@@ -14,7 +14,14 @@ from apr_core.contract import types as types_module
 from apr_core.contract.admit import Admission, admit
 from apr_core.contract.gates import load_gates
 from apr_core.contract.layout import Geometry
-from apr_core.contract.types import ValidatedEmbedding, ValidatedModel, ValidatedVector, ValidatedWeight
+from apr_core.contract.types import (
+    RepackedHead,
+    ValidatedEmbedding,
+    ValidatedHead,
+    ValidatedModel,
+    ValidatedVector,
+    ValidatedWeight,
+)
 from apr_core.dtypes import FORMATS
 from apr_core.errors import ContractViolation, UsageError
 from apr_core.formats.checkpoint import RawTensor, TensorInfo, open_checkpoint
@@ -25,13 +32,20 @@ GEOMETRY = Geometry.from_config(CONFIG)
 DOWN = "model.layers.1.mlp.down_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
-TYPES = {DOWN: ValidatedWeight, EMBEDDING: ValidatedEmbedding, NORM: ValidatedVector}
+HEAD = "lm_head.weight"
+TYPES = {DOWN: ValidatedWeight, EMBEDDING: ValidatedEmbedding, NORM: ValidatedVector, HEAD: ValidatedHead}
 
 
 def raw_of(name: str, values: np.ndarray) -> RawTensor:
     """Wrap an array, sharing its memory."""
     info = TensorInfo(name, FORMATS["F32"], values.shape, Path("made.up"), 0, values.nbytes, name)
     return RawTensor(info, values.reshape(-1).view(np.uint8))
+
+
+@pytest.fixture
+def tensors(tensors: Tensors) -> Tensors:
+    """The model of the other tests with a head of its own beside the embedding that it is tied to."""
+    return {**tensors, HEAD: tensors[EMBEDDING].copy()}
 
 
 @pytest.fixture
@@ -88,6 +102,8 @@ def test_broken_raw_bytes_are_refused(name: str, defect: object, tensors: Tensor
 def test_the_wrong_type_is_an_error(name: str, tensors: Tensors) -> None:
     """A norm is not a weight, and a tensor outside the contract is nothing at all."""
     for other in {*TYPES.values()} - {TYPES[name]}:
+        if (name, other) == (EMBEDDING, ValidatedHead):
+            continue  # a tied model's embedding is its head: the test below
         with pytest.raises(TypeError, match=name):
             other(raw_of(name, tensors[name]), GEOMETRY)
     with pytest.raises(TypeError, match="spare"):
@@ -274,3 +290,73 @@ def test_a_model_needs_an_admission() -> None:
     """Something that looks like an admission is not one."""
     with pytest.raises(TypeError, match="expected an Admission"):
         ValidatedModel("models/pygmy")
+
+
+def test_the_head_of_a_tied_model_is_its_embedding(folder: Path, tensors: Tensors) -> None:
+    """As the geometry says, not as the file stores; the embedding of an untied model is no head."""
+    head = admit(folder).require().head
+    assert (type(head), head.name) == (ValidatedHead, EMBEDDING)
+    with pytest.raises(TypeError, match="has one of its own"):
+        ValidatedHead(raw_of(EMBEDDING, tensors[EMBEDDING]), dataclasses.replace(GEOMETRY, tied=False))
+
+
+def test_the_head_of_an_untied_model_is_its_own(tensors: Tensors, config: dict[str, object], save: Save) -> None:
+    """The stored matrix, uncopied."""
+    config["tie_word_embeddings"] = False
+    model = admit(save(tensors, config)).require()
+    assert model.head is model.tensors[HEAD]
+
+
+def test_take_names_what_it_found(folder: Path) -> None:
+    """A tensor comes out as the type that it is, or not at all."""
+    model = admit(folder).require()
+    assert model.take(DOWN, ValidatedWeight) is model.tensors[DOWN]
+    with pytest.raises(TypeError, match="is a ValidatedWeight, not a ValidatedVector"):
+        model.take(DOWN, ValidatedVector)
+    with pytest.raises(KeyError, match="spare"):
+        model.take("spare", ValidatedWeight)
+
+
+def test_a_repacked_head(folder: Path, tensors: Tensors) -> None:
+    """Made from a judged head alone, in its own layout, and closed: neither editable nor a natural head again."""
+    model = admit(folder).require()
+    packed = RepackedHead(model.head)
+    assert np.array_equal(packed.data, tensors[EMBEDDING].T)
+    assert repr(packed) == f"RepackedHead({EMBEDDING}, float32 [64, 131])"
+    for raises in (
+        lambda: packed.data.__setitem__((0, 0), 1.0),
+        lambda: setattr(packed.data.flags, "writeable", True),
+        lambda: setattr(packed, "data", packed.data.copy()),
+        lambda: RepackedHead(packed),
+        lambda: RepackedHead(model.tensors[EMBEDDING]),
+        lambda: RepackedHead(packed.data),
+        lambda: ValidatedHead(packed, model.geometry, model.admission),
+        lambda: dataclasses.replace(packed, data=packed.data),
+    ):
+        with pytest.raises((TypeError, ValueError, AttributeError)):
+            raises()
+    assert not isinstance(packed, ValidatedHead)
+
+
+def halved(head: ValidatedHead) -> np.ndarray:
+    """Pack to float16."""
+    return head.values().astype(np.float16)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_copies_of_a_repacked_head_are_packed_again(again: object, tensors: Tensors) -> None:
+    """What travels is the natural head and how to pack it, so the verdict is spoken again on arrival."""
+    packed = RepackedHead(ValidatedHead(raw_of(HEAD, tensors[HEAD]), GEOMETRY), halved)
+    arrived = again(packed)
+    assert arrived.data is not packed.data
+    assert np.array_equal(arrived.data, tensors[HEAD].astype(np.float16))
+    stolen = pickle.dumps(packed).replace(tensors[HEAD].tobytes(), bytes(tensors[HEAD].nbytes))
+    with pytest.raises(ContractViolation, match="F-DATA-QUALITY-001"):
+        pickle.loads(stolen)
+
+
+@pytest.mark.parametrize("closed", [*TYPES.values(), RepackedHead, ValidatedModel, Admission])
+def test_no_type_has_a_subclass(closed: type) -> None:
+    """A subclass could leave the gate out and pass for the type that has it: it cannot even be defined."""
+    with pytest.raises(TypeError, match=f"{closed.__name__} cannot be subclassed"):
+        type("Trusting", (closed,), {"__post_init__": lambda self, admission=None: None})

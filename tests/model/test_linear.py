@@ -10,26 +10,56 @@ import pytest
 import torch
 
 from apr_core.contract.admit import admit
+from apr_core.contract.types import RepackedHead, ValidatedEmbedding, ValidatedVector, ValidatedWeight
 from apr_core.engines.load import load_model
-from apr_core.model.linear import Embedding, Linear, RMSNorm, Weights
+from apr_core.model.linear import Embedding, Head, Linear, RMSNorm, Weights
 
 
-def test_parts_compute_what_they_say() -> None:
-    """Against numpy in float64, on odd shapes."""
-    random = np.random.default_rng(0)
-    x, w, b = (random.standard_normal(shape).astype(np.float32) for shape in ((3, 5), (7, 5), (7,)))
-    tx, tw, tb = map(torch.from_numpy, (x, w, b))
-    np.testing.assert_allclose(Linear(tw, tb)(tx).numpy(), x.astype(float) @ w.T + b, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(Linear(tw, None)(tx).numpy(), x.astype(float) @ w.T, rtol=1e-5, atol=1e-6)
-    norm = x / np.sqrt((x.astype(float) ** 2).mean(1, keepdims=True) + 0.5) * w[0]
-    np.testing.assert_allclose(RMSNorm(tw[0], 0.5)(tx).numpy(), norm, rtol=1e-5, atol=1e-6)
-    assert torch.equal(Embedding(tw)(torch.tensor([6, 0])), tw[[6, 0]])
+def test_parts_compute_what_they_say(tiny: Path, untied: Path) -> None:
+    """Against numpy in float64, each on the tensor of a real file."""
+    model, other = admit(tiny).require(), admit(untied).require()
+    q = "model.layers.1.self_attn.q_proj"
+    weight, bias = model.take(f"{q}.weight", ValidatedWeight), model.take(f"{q}.bias", ValidatedVector)
+    w, b = weight.values(), bias.values()
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    wide, tx = x.astype(float), torch.from_numpy(x)
+    np.testing.assert_allclose(Linear(weight, bias)(tx).numpy(), wide @ w.T + b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(Linear(weight)(tx).numpy(), wide @ w.T, rtol=1e-5, atol=1e-5)
+    norm = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 0.5) * b
+    np.testing.assert_allclose(RMSNorm(bias, 0.5)(tx).numpy(), norm, rtol=1e-5, atol=1e-6)
+    table = model.take("model.embed_tokens.weight", ValidatedEmbedding)
+    assert np.array_equal(Embedding(table)(torch.tensor([6, 0])).numpy(), table.values()[[6, 0]])
+    for head in (model.head, other.head):
+        np.testing.assert_allclose(Head(head)(tx).numpy(), wide @ head.values().T, rtol=1e-5, atol=1e-5)
 
 
-def test_a_tied_head_is_the_same_memory(tiny: Path) -> None:
-    """The largest tensor of a small model is held once."""
-    table = Weights(admit(tiny).require(), torch.device("cpu")).embedding("model.embed_tokens")
-    assert table.as_head()._weight.data_ptr() == table._weight.data_ptr()
+def test_a_tied_head_is_the_same_memory(tiny: Path, untied: Path) -> None:
+    """The largest tensor of a small model is held once; an untied head is its own."""
+    for folder, same in ((tiny, True), (untied, False)):
+        weights = Weights(admit(folder).require(), torch.device("cpu"))
+        table = weights.embedding("model.embed_tokens")
+        head = weights.head(table)
+        assert (head._weight.data_ptr() == table._weight.data_ptr()) is same
+
+
+def test_parts_take_their_own_type_alone(tiny: Path) -> None:
+    """Neither an array, nor a torch tensor, nor a validated tensor of another role, nor a repacked head gets in."""
+    model = admit(tiny).require()
+    weight = model.take("model.layers.0.mlp.up_proj.weight", ValidatedWeight)
+    gain = model.take("model.norm.weight", ValidatedVector)
+    table = model.take("model.embed_tokens.weight", ValidatedEmbedding)
+    loose = [weight.values(), torch.from_numpy(weight.values()), weight.raw, None, RepackedHead(model.head)]
+    own: dict[Any, Any] = {Linear: weight, Embedding: table, Head: model.head, lambda t: RMSNorm(t, 1e-6): gain}
+    for part, right in own.items():
+        part(right)
+        for wrong in [*loose, *(other for other in own.values() if other is not right)]:
+            with pytest.raises(TypeError, match="expected a Validated"):
+                part(wrong)
+    with pytest.raises(TypeError, match="expected a ValidatedVector"):
+        Linear(weight, weight)
+    for name in ("lm_head", "model.embed_tokens", "model.norm"):
+        with pytest.raises((TypeError, KeyError)):
+            Weights(model, torch.device("cpu")).linear(name)
 
 
 def test_projections_take_their_bias_where_there_is_one(tiny: Path) -> None:
@@ -42,7 +72,16 @@ def test_projections_take_their_bias_where_there_is_one(tiny: Path) -> None:
 def parts(model: Any) -> list[Any]:
     """Return one of each kind of part."""
     layer = model.layers[0]
-    return [model, layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.mlp.up_proj, model.embed_tokens]
+    return [
+        model,
+        layer,
+        layer.self_attn,
+        layer.mlp,
+        layer.input_layernorm,
+        layer.mlp.up_proj,
+        model.embed_tokens,
+        model.lm_head,
+    ]
 
 
 def test_no_part_takes_other_weights(tiny: Path) -> None:

@@ -8,13 +8,22 @@ given raw bytes, and no validated tensor can be edited into another one.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from apr_core.contract.admit import Admission, admit
 from apr_core.contract.gates import Violation
 from apr_core.contract.layout import Geometry
 from apr_core.contract.stats import TensorStats
-from apr_core.contract.types import ValidatedEmbedding, ValidatedModel, ValidatedVector, ValidatedWeight
+from apr_core.contract.types import (
+    RepackedHead,
+    ValidatedEmbedding,
+    ValidatedHead,
+    ValidatedModel,
+    ValidatedVector,
+    ValidatedWeight,
+)
 from apr_core.formats.checkpoint import Checkpoint, RawTensor, open_checkpoint
+from apr_core.model.linear import Embedding, Head, Linear, RMSNorm
 
 
 def multiply(weight: ValidatedWeight) -> None:
@@ -23,6 +32,14 @@ def multiply(weight: ValidatedWeight) -> None:
 
 def run(model: ValidatedModel) -> None:
     """Stand for any action on a model."""
+
+
+def natural(head: ValidatedHead) -> None:
+    """Stand for an engine whose head reads rows."""
+
+
+def repacked(head: RepackedHead) -> None:
+    """Stand for an engine whose head reads its own layout."""
 
 
 def bypass(raw: RawTensor, geometry: Geometry, stats: TensorStats, checkpoint: Checkpoint) -> None:
@@ -65,6 +82,42 @@ def bypass(raw: RawTensor, geometry: Geometry, stats: TensorStats, checkpoint: C
     admission.stats["lm_head.weight"] = stats  # type: ignore[index]
 
 
+def parts(model: ValidatedModel, raw: RawTensor, values: torch.Tensor) -> None:
+    """Try to build the parts of a model from anything but the type that each is for."""
+    weight = model.take("model.layers.0.mlp.up_proj.weight", ValidatedWeight)
+    vector = model.take("model.norm.weight", ValidatedVector)
+    table = model.take("model.embed_tokens.weight", ValidatedEmbedding)
+    Linear(values)  # type: ignore[arg-type]
+    Linear(raw)  # type: ignore[arg-type]
+    Linear(vector)  # type: ignore[arg-type]
+    Linear(table)  # type: ignore[arg-type]
+    Linear(model.head)  # type: ignore[arg-type]
+    Linear(weight, weight)  # type: ignore[arg-type]
+    Embedding(values)  # type: ignore[arg-type]
+    Embedding(weight)  # type: ignore[arg-type]
+    Embedding(model.head)  # type: ignore[arg-type]
+    RMSNorm(values, 1e-6)  # type: ignore[arg-type]
+    RMSNorm(weight, 1e-6)  # type: ignore[arg-type]
+    Head(values)  # type: ignore[arg-type]
+    Head(weight)  # type: ignore[arg-type]
+    Head(table)  # type: ignore[arg-type]
+    model.tensors["lm_head.weight"].raw.data = raw.data  # type: ignore[misc]
+
+    # a head in one layout is not a head in the other
+    natural(model.head)
+    packed = RepackedHead(model.head)
+    repacked(packed)
+    natural(packed)  # type: ignore[arg-type]
+    repacked(model.head)  # type: ignore[arg-type]
+    Head(packed)  # type: ignore[arg-type]
+    RepackedHead(packed)  # type: ignore[arg-type]
+    RepackedHead(table)  # type: ignore[arg-type]
+    RepackedHead(model.head.values())  # type: ignore[arg-type]
+    RepackedHead(model.head, data=packed.data)  # type: ignore[call-arg]
+    packed.data = packed.data  # type: ignore[misc]
+    packed.head = model.head  # type: ignore[misc]
+
+
 def edit(violation: Violation, geometry: Geometry) -> None:
     """Try to edit what a verdict rests on."""
     violation.measured = 0.0  # type: ignore[misc]
@@ -76,3 +129,11 @@ class Trusting(ValidatedWeight):  # type: ignore[misc]
 
     def __post_init__(self, admission: Admission | None) -> None:
         """Judge nothing."""
+
+
+class Packed(RepackedHead):  # type: ignore[misc]
+    """Nor of the head in another layout."""
+
+
+class Whole(ValidatedModel):  # type: ignore[misc]
+    """Nor of the model."""
