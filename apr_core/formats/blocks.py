@@ -138,20 +138,34 @@ DECODERS: dict[str, Callable[[Bytes], Floats]] = {
 }
 
 
+# Exponent bits, mantissa bits and bias; the FNUZ types have no infinity, no negative zero, and NaN in its place.
+_FLOAT8 = {"F8_E4M3": (4, 3, 7), "F8_E5M2": (5, 2, 15), "F8_E4M3FNUZ": (4, 3, 8), "F8_E5M2FNUZ": (5, 2, 16)}
+
+
 def float8_table(name: str) -> Floats:
     """
-    Build the 256 values of ``F8_E5M2`` (IEEE: the upper byte of a float16) or ``F8_E4M3`` (finite: only 0x7F is NaN).
+    Build the 256 values of an eight-bit float; ``F8_E8M0`` is a bare power of two, as block scales are stored.
 
     Returns:
         float32 [256], indexed by the stored byte.
 
-    Source: "FP8 formats for deep learning", arXiv 2209.05433, section 3; the SafeTensors dtypes of those names.
+    Source: "FP8 formats for deep learning", arXiv 2209.05433, section 3 (E4M3, E5M2); arXiv 2206.02915 (FNUZ); the OCP
+    microscaling specification 1.0, section 5.4.1 (E8M0); the SafeTensors dtypes of those names.
     """
     codes = np.arange(256, dtype=np.uint16)
-    if name == "F8_E5M2":
-        return (codes << np.uint16(8)).view(np.float16).astype(np.float32)
-    exponent, mantissa = (codes >> 3) & 15, (codes & 7).astype(np.float32)
-    normal = (1 + mantissa / 8) * np.exp2(exponent.astype(np.float32) - 7)
-    magnitude = np.where(exponent == 0, mantissa * np.float32(2.0**-9), normal)
-    magnitude[(codes & 0x7F) == 0x7F] = np.nan
-    return np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
+    if name == "F8_E8M0":
+        powers: Floats = np.exp2(codes.astype(np.float64) - 127).astype(np.float32)
+        powers[255] = np.nan
+        return powers
+    exponents, fraction, bias = _FLOAT8[name]
+    exponent, mantissa = (codes >> fraction) & ((1 << exponents) - 1), (codes & ((1 << fraction) - 1)) / 2**fraction
+    normal = (1 + mantissa) * np.exp2(exponent.astype(np.float64) - bias)
+    magnitude = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), normal)
+    if name.endswith("FNUZ"):
+        magnitude[0x80] = np.nan
+    elif name == "F8_E4M3":
+        magnitude[(codes & 0x7F) == 0x7F] = np.nan
+    else:
+        magnitude[exponent == 31] = np.where(mantissa[exponent == 31] == 0, np.inf, np.nan)
+    values: Floats = np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
+    return values

@@ -7,24 +7,32 @@ bytes are touched when somebody looks at them. Whether the numbers make sense is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apr_core.dtypes import QuantFormat
-from apr_core.errors import FormatError, NotFound, ReadWriteError, UsageError
+from apr_core.errors import AprError, FormatError, NotFound, ReadWriteError, UsageError
 
+MAX_COMPANION_BYTES = 256 << 20
+SPARSE_FROM = 1 << 30  # bytes; below, zeros are read faster than they are explained
+_MAX_EXTENTS = 4096
 _HASH_CHUNK = 1 << 24
+_NAMED = ("model.safetensors", "model.safetensors.index.json")
+_SANDBOX = "convert it to SafeTensors in a sandbox, or download the SafeTensors file"
 
 
 @dataclass(frozen=True)
@@ -208,35 +216,119 @@ def map_file(path: Path) -> MappedFile:
 
     Raises:
         NotFound: There is no such file.
-        FormatError: It is empty, or not a regular file.
-        ReadWriteError: The operating system refuses.
+        FormatError: It is empty, not a regular file, or a hole for the most part.
+        ReadWriteError: The operating system refuses, or symbolic links lead in a circle.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer that never comes
+    with _opened(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size == 0:
             raise FormatError(
-                expected="a regular file", found="a directory, pipe or device", file=path, advice="give a model file"
+                expected="a model file", found="an empty file (0 bytes)", file=path, advice="download it again"
             )
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size == 0:
-                raise FormatError(
-                    expected="a model file", found="an empty file (0 bytes)", file=path, advice="download it again"
-                )
-            mapping = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_COPY)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFound(f"no such file: {path}", advice="check the path") from error
-    except OSError as error:
-        raise ReadWriteError(f"cannot read {path}: {error.strerror}", advice="check permissions") from error
+        _require_written(stream, size, path)
+        mapping = _map(stream.fileno(), size)
     return MappedFile(path, memoryview(mapping))
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def read_companion(path: Path, most: int = MAX_COMPANION_BYTES) -> bytes:
     """
-    Open a model file, a shard index, or a folder that holds exactly one model.
+    Read a small file that lies beside the weights; a pipe is not waited for, and a terabyte not read.
+
+    Raises:
+        NotFound, ReadWriteError: As `map_file`.
+        FormatError: It is not a regular file, or larger than ``most`` bytes.
+    """
+    with _opened(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise FormatError(
+                expected=f"at most {most} bytes", found=f"{size}", file=path, advice="get a fresh copy of the file"
+            )
+        return stream.read(most)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; whatever the operating system objects to becomes our own error."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a device may already do something
+            raise _irregular(path)
+        # Without O_NONBLOCK, a pipe that took the file's place would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise _irregular(path)
+            yield stream
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"no such file: {path}", advice="check the path") from error
+    except (OSError, ValueError) as error:
+        raise _refused(path, error) from error
+
+
+def _irregular(path: Path) -> FormatError:
+    return FormatError(
+        expected="a regular file", found="a directory, pipe, socket or device", file=path, advice="give a model file"
+    )
+
+
+def _refused(path: Path, error: OSError | ValueError) -> AprError:
+    """Say what the operating system objects to; ValueError is Python's for a name with a zero byte."""
+    code = getattr(error, "errno", None)
+    if code == errno.ELOOP:
+        return ReadWriteError(
+            f"cannot read {path}: its symbolic links lead in a circle", advice="remove the link, or name the file"
+        )
+    if code == errno.EISDIR or code == errno.ENXIO:  # a socket, or a device without a driver
+        return _irregular(path)
+    if code in (errno.EACCES, errno.EPERM):
+        return ReadWriteError(
+            f"cannot read {path}: {os.strerror(code)}", advice="ask its owner for the right to read it"
+        )
+    said = error.strerror if isinstance(error, OSError) else str(error)
+    return ReadWriteError(f"cannot read {path!s:.200}: {said}", advice="check the path and the disk")
+
+
+def _map(descriptor: int, size: int) -> mmap.mmap:
+    """Map copy-on-write; without a claim on memory where the system offers that: a model may exceed the memory."""
+    if sys.platform == "linux":
+        no_reserve = 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
+        return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
+
+
+def _require_written(stream: BinaryIO, size: int, path: Path) -> None:
+    """
+    Refuse a large file that is mostly hole: a download that was cut off behind its preallocation, or a trap.
+
+    Reading it would yield zeros for hours. Smaller holes are legal: ``cp --sparse`` makes them of runs of zeros.
+    """
+    if size < SPARSE_FROM or not hasattr(os, "SEEK_DATA"):
+        return
+    written = at = 0
+    with suppress(OSError):  # ENXIO behind the last data; file systems without holes say that all is data
+        for _ in range(_MAX_EXTENTS):
+            data = os.lseek(stream.fileno(), at, os.SEEK_DATA)
+            at = os.lseek(stream.fileno(), data, os.SEEK_HOLE)
+            written += at - data
+            if 2 * written >= size:
+                return
+    if 2 * written < size and at < size:
+        raise FormatError(
+            expected=f"{size} bytes of data",
+            found=f"{written} that were ever written; the rest of the file is a hole (an interrupted download?)",
+            file=path,
+            at=at,
+            advice="download it again",
+        )
+
+
+def open_checkpoint(path: str | Path, *, verify_footer: bool = True) -> Checkpoint:
+    """
+    Open a model file, any part of a split GGUF or APR, a shard index, or a folder that holds exactly one model.
 
     Args:
         path: A file of any of the three formats, a ``model.safetensors.index.json``, or a folder.
+        verify_footer: False skips the checksum over all bytes of an APR file, for speed.
 
     Raises:
         NotFound: The path does not exist, or the folder holds no model.
@@ -253,9 +345,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     file = map_file(target)
     container = sniff(file)
     if container == "gguf":
-        return Checkpoint(target, container, gguf.read_gguf(file))
+        contents = gguf.read_gguf(file)
+        return Checkpoint(contents.files[0].path, container, contents)
     if container == "apr":
-        return Checkpoint(target, container, apr.read_apr(file))
+        return Checkpoint(target, container, apr.read_apr(file, verify_footer=verify_footer))
     if container == "index":
         return Checkpoint(target, "safetensors", safetensors.read_index(file))
     return Checkpoint(target, container, safetensors.read_safetensors(file))
@@ -263,26 +356,41 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _only_model(path: Path) -> Path:
     """Resolve a folder to the one model in it; a file stays itself."""
+    from apr_core.formats.executables import find_executables
+    from apr_core.formats.shards import first_of_parts
+
     try:
-        path.stat()
-        if not path.is_dir():
+        if not stat.S_ISDIR(path.stat().st_mode):
             return path
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"no such file or folder: {path}", advice="check the path") from error
     except (OSError, ValueError) as error:
-        raise ReadWriteError(f"cannot read {path!s:.200}: {error}", advice="check the path and permissions") from error
-    named = ("model.safetensors", "model.safetensors.index.json")
-    found = [entry for entry in entries if entry.name in named or entry.suffix in (".gguf", ".apr")]
+        raise _refused(path, error) from error
+    found = [entry for entry in entries if entry.name in _NAMED or entry.suffix.lower() in (".gguf", ".apr")]
     found = found or [entry for entry in entries if entry.suffix == ".safetensors"]
     if not found:
-        pickles = [entry.name for entry in entries if entry.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        instead = f" (only {', '.join(pickles)}, which can run code when loaded)" if pickles else ""
-        raise NotFound(
-            f"no model.safetensors, .gguf or .apr in {path}{instead}", advice="give the model file, or convert it"
+        pickles = find_executables(path)
+        if pickles:
+            raise FormatError(
+                expected="model.safetensors, a .gguf or an .apr",
+                found=f"executable content alone: {', '.join(f'{name} ({kind})' for name, kind in pickles[:3])}",
+                file=path,
+                advice=_SANDBOX,
+            )
+        raise NotFound(f"no model.safetensors, .gguf or .apr in {path}", advice="give the model file, or convert it")
+    if len(found) == 1:
+        return found[0]
+    first = first_of_parts(found)
+    if first is not None and first.suffix.lower() in (".gguf", ".apr"):
+        return first
+    if first is not None:
+        raise FormatError(
+            expected=f"model.safetensors.index.json beside {len(found)} shards",
+            found="no index",
+            file=path,
+            advice="download the index too: it says which tensors there must be",
         )
-    if len(found) > 1:
-        raise UsageError(
-            f"{path} holds {len(found)} models: {', '.join(entry.name for entry in found)}", advice="name one of them"
-        )
-    return found[0]
+    raise UsageError(
+        f"{path} holds {len(found)} models: {', '.join(entry.name for entry in found[:20])}", advice="name one of them"
+    )

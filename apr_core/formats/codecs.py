@@ -61,7 +61,12 @@ _HALF_SCALES = {
 
 def decoder_name(dtype: QuantFormat) -> str:
     """Say whose code decodes a type: ``apr_core`` or ``gguf``."""
-    own = dtype.name in _CASTS or dtype.name in blocks.DECODERS or dtype.name in ("BF16", "AprQ8", "F8_E4M3", "F8_E5M2")
+    own = (
+        dtype.name in _CASTS
+        or dtype.name in blocks.DECODERS
+        or dtype.name in ("BF16", "AprQ8")
+        or dtype.name.startswith("F8_")
+    )
     return "apr_core" if own else "gguf"
 
 
@@ -124,7 +129,7 @@ def decode_bytes(dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int, 
             bits = data.view("<u2").astype(np.uint32)
             bits <<= np.uint32(16)  # in place: a second array of this size would double the time
             return bits.view(np.float32).reshape(shape)
-        if dtype.name in ("F8_E4M3", "F8_E5M2"):
+        if dtype.name.startswith("F8_"):
             return blocks.float8_table(dtype.name)[data].reshape(shape)
         if dtype.name == "AprQ8":
             values: NDArray[np.float32] = data[4:].view(np.int8).astype(np.float32)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from apr_core.dtypes import BY_SAFETENSORS
-from apr_core.errors import FormatError, NotFound, ReadWriteError, UsageError
-from apr_core.formats.checkpoint import Contents, MappedFile, TensorInfo, TensorSource, map_file
+from apr_core.errors import FormatError, NotFound, UsageError
+from apr_core.formats.checkpoint import Contents, MappedFile, TensorInfo, TensorSource, map_file, read_companion
+from apr_core.formats.shards import safe_shard
 from apr_core.formats.sink import refuse_type, replacing, require_unique
 from apr_core.formats.sniff import MAX_SAFETENSORS_HEADER, sniff
 from apr_core.formats.spans import find_gaps, require_extent
@@ -32,12 +33,17 @@ _WRITE_ORDER = (
     "F16",
     "U16",
     "I16",
+    "F8_E5M2FNUZ",
+    "F8_E4M3FNUZ",
+    "F8_E8M0",
     "F8_E4M3",
     "F8_E5M2",
     "I8",
     "U8",
     "BOOL",
 )
+# Types of the format that hold no weights that we could decode: values below a byte, and complex numbers.
+_UNDECODED = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
 def read_safetensors(file: MappedFile) -> Contents:
@@ -67,7 +73,7 @@ def read_index(file: MappedFile) -> Contents:
         )
     planned: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
-        planned.setdefault(_safe_shard(shard, name, file.path), set()).add(name)
+        planned.setdefault(safe_shard(shard, name, file.path), set()).add(name)
     files, tensors, metadata = [], [], {}
     for number, shard in enumerate(sorted(planned), start=1):
         part = _map_shard(file.path, shard, f"shard {number} of {len(planned)}")
@@ -80,21 +86,6 @@ def read_index(file: MappedFile) -> Contents:
     if isinstance(notes_of_index, dict):
         metadata.update(notes_of_index)
     return Contents(tuple(files), tensors, metadata, _read_config(file.path.parent))
-
-
-def _safe_shard(shard: object, name: str, index: Path) -> str:
-    """Accept a path inside the index's folder alone: an index must not make us open /etc/passwd."""
-    if isinstance(shard, str) and shard and "\0" not in shard and "\\" not in shard:
-        parts = PurePosixPath(shard)
-        if not parts.is_absolute() and ".." not in parts.parts and ":" not in shard:
-            return shard
-    raise FormatError(
-        expected="a shard inside the folder of the index",
-        found=f"{shard!r:.120}",
-        file=index,
-        tensor=name,
-        advice="do not trust this download",
-    )
 
 
 def _map_shard(index: Path, shard: str, which: str) -> MappedFile:
@@ -186,7 +177,8 @@ def _read_entry(name: str, entry: object, file: MappedFile, start: int) -> Tenso
         raise wrong("an object of dtype, shape and data_offsets", entry)
     dtype = BY_SAFETENSORS.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise wrong(f"a dtype among {', '.join(BY_SAFETENSORS)}", entry["dtype"])
+        known = " (a type of SafeTensors that is not decoded here)" if entry["dtype"] in _UNDECODED else ""
+        raise wrong(f"a dtype among {', '.join(BY_SAFETENSORS)}{known}", entry["dtype"])
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_counts(shape):
         raise wrong("a shape of non-negative integers", shape)
@@ -221,11 +213,9 @@ def _read_config(folder: Path) -> Mapping[str, object] | None:
     """Read ``config.json`` beside the weights; None when there is none."""
     path = folder / "config.json"
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+        data = read_companion(path)
+    except NotFound:
         return None
-    except OSError as error:
-        raise ReadWriteError(f"cannot read {path}: {error.strerror}", advice="check permissions") from error
     return parse_object(data, file=path, what="model configuration", at=0)
 
 

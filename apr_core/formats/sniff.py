@@ -6,15 +6,14 @@ import re
 
 from apr_core.errors import FormatError
 from apr_core.formats.checkpoint import MappedFile
+from apr_core.formats.executables import executable_kind
 
 MAX_SAFETENSORS_HEADER = 100_000_000
 _LFS = b"version https://git-lfs.github.com/spec/"
-_PICKLE_PROTOCOLS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _CONVERT = "convert it to SafeTensors in a sandbox, or download the SafeTensors file"
 _AGAIN = "download the model file again"
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"\x1f\x8b", "a gzip archive", "unpack it"),
-    (b"PK\x03\x04", "a zip archive (PyTorch checkpoints are; the pickle inside can run code)", _CONVERT),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
     (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "unpack it"),
     (b"BZh", "a bzip2 archive", "unpack it"),
@@ -55,8 +54,11 @@ def _diagnose(file: MappedFile, head: bytes) -> FormatError:
     for signature, what, advice in _SIGNATURES:
         if head.startswith(signature):
             return _refuse(file, what, advice)
-    if head.startswith(_PICKLE_PROTOCOLS):
-        return _refuse(file, "a Python pickle, which can run code when loaded", _CONVERT)
+    executable = executable_kind(file.view)
+    if executable:
+        return _refuse(file, f"executable content: {executable}, which can run code when it is loaded", _CONVERT)
+    if head.startswith(b"PK\x03\x04"):
+        return _refuse(file, "a zip archive", "unpack it")
     if head.startswith(_LFS):
         size = re.search(rb"\nsize (\d{1,20})", head)
         amount = f" to {size.group(1).decode()} bytes" if size else ""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import struct
+import zipfile
 
 from tests.attacks.build import (
     VALID_APR,
@@ -20,7 +23,21 @@ from tests.attacks.build import (
 )
 
 DATA = bytes(8)
+
+
+def _zip(members: dict[str, bytes]) -> bytes:
+    """Pack an uncompressed zip archive, as torch.save does."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return packed.getvalue()
+
+
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 988097824\n"
+
+
+TORCH_ZIP = _zip({"archive/data.pkl": b"\x80\x02}q\x00.", "archive/data/0": bytes(16)})
 
 
 def u32(value: int) -> bytes:
@@ -39,8 +56,12 @@ IMPOSTORS = [
     Attack("html", b"<!DOCTYPE html><html>404</html>", "HTML"),
     Attack("html-indented", b"\n  <HTML><body>Entry not found", "HTML"),
     Attack("gzip", b"\x1f\x8b\x08" + bytes(20), "gzip"),
-    Attack("zip", b"PK\x03\x04" + bytes(20), "zip archive"),
-    Attack("pickle", b"\x80\x02}q\x00." + bytes(8), "pickle"),
+    Attack("zip", b"PK\x03\x04" + bytes(20), "a zip archive,"),
+    Attack("S13-torch", TORCH_ZIP, "PyTorch checkpoint .a zip archive with a pickle., which can run code"),
+    Attack("S13-torch-old", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "pickle .protocol 2., which can run code"),
+    Attack("S13-pickle-4", pickle.dumps({"a": [1, 2]}, 4), "pickle .protocol 4."),
+    Attack("S13-pickle-0", pickle.dumps({"a": [1, 2]}, 0), "pickle .protocol 0 or 1."),
+    Attack("S13-pickle-code", b"cposix\nsystem\n(S'true'\ntR.", "executable content"),
     Attack("old-ggml", b"tjgg" + bytes(20), "GGJT"),
     Attack("byte-swapped", b"FUGG" + bytes(20), "byte-swapped"),
     Attack("text", b"Entry not found", "text that begins 'Entry not found'"),
@@ -66,6 +87,10 @@ SAFETENSORS = [
     Attack("S9-three-offsets", safetensors({"a": entry(offsets=[0, 8, 8])}, DATA), "two integers"),
     Attack("S9-begin-behind-end", safetensors({"a": entry(offsets=[8, 0])}, DATA), "begin <= end"),
     Attack("S9-dtype-unknown", safetensors({"a": entry("F31")}, DATA), "dtype among"),
+    *[
+        Attack(f"S9-dtype-{name}", safetensors({"a": entry(name)}, DATA), f"not decoded here.*'{name}'")
+        for name in ("F4", "F6_E2M3", "F6_E3M2", "C64")
+    ],
     Attack("S9-dtype-number", safetensors({"a": entry(0)}, DATA), "dtype among"),
     Attack("S9-shape-negative", safetensors({"a": entry(shape=[-1, -2])}, DATA), "non-negative"),
     Attack("S9-shape-bool", safetensors({"a": entry("U8", [True], [0, 1])}, b"x"), "non-negative"),

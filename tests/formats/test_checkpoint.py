@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from apr_core.errors import FormatError, NotFound, ReadWriteError, UsageError
 from apr_core.formats.checkpoint import map_file, open_checkpoint
-from tests.attacks.build import VALID, VALID_APR, VALID_GGUF, VALID_SAFETENSORS
+from tests.attacks.build import VALID, VALID_APR, VALID_GGUF, VALID_SAFETENSORS, entry, safetensors
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "model.apr", "model.txt", "weights"])
@@ -50,17 +51,114 @@ def test_pipe_does_not_hang(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "pipe")
 
 
-def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the operating system refuses is a ReadWriteError (root ignores permissions, so the refusal is planted)."""
-    path = tmp_path / "model"
-    path.write_bytes(VALID_GGUF)
+def test_pipe_that_takes_a_files_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between looking and opening a file may be exchanged for a pipe: opening does not wait for a writer either."""
+    (tmp_path / "file").write_bytes(VALID_GGUF)
+    os.mkfifo(tmp_path / "pipe")
+    regular = (tmp_path / "file").stat()
+    monkeypatch.setattr(Path, "stat", lambda self, **_: regular)
+    with pytest.raises(FormatError, match="a regular file"):
+        map_file(tmp_path / "pipe")
 
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(ReadWriteError, match="Permission denied"):
-        open_checkpoint(path)
+@pytest.mark.parametrize("place", ["model.safetensors", "config.json"])
+def test_pipe_in_the_folder(place: str, tmp_path: Path) -> None:
+    """A pipe among the files of a model is refused by name, not read."""
+    (tmp_path / "model.safetensors").write_bytes(VALID_SAFETENSORS)
+    (tmp_path / place).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / place)
+    with pytest.raises(FormatError, match=f"a regular file.*{place}"):
+        open_checkpoint(tmp_path)
+
+
+def test_device() -> None:
+    """An endless device is not read."""
+    with pytest.raises(FormatError, match="a directory, pipe, socket or device, in /dev/zero"):
+        open_checkpoint("/dev/zero")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_symbolic_links_in_a_circle(inside: bool, tmp_path: Path) -> None:
+    """Links that lead to each other are named as such: given by name, or found in a folder."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to("other")
+    (folder / "other").symlink_to("model.safetensors")
+    with pytest.raises(ReadWriteError, match=r"model\.safetensors: its symbolic links lead in a circle"):
+        open_checkpoint(folder if inside else folder / "model.safetensors")
+
+
+def test_dangling_link(tmp_path: Path) -> None:
+    """A link to nothing (a cache whose blob was deleted) is no such file."""
+    (tmp_path / "model.safetensors").symlink_to("blob")
+    with pytest.raises(NotFound, match=r"no such file: .*model\.safetensors"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of another system")
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_unreadable(what: str) -> None:
+    """A file or folder without the right to read it is exit 7; as root, the right is given up for the call."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "model.gguf"
+        path.write_bytes(VALID_GGUF)
+        path.chmod(0 if what == "file" else 0o644)
+        folder.chmod(0o755 if what == "file" else 0o711)
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            elif what == "folder":
+                folder.chmod(0o100)
+            with pytest.raises(ReadWriteError, match="Permission denied; ask its owner"):
+                open_checkpoint(folder if what == "folder" else path)
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+
+
+def test_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another refusal of the operating system is passed on in its words."""
+    (tmp_path / "m").write_bytes(VALID_GGUF)
+
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(ReadWriteError, match="Input/output error; check the path and the disk"):
+        open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.skipif(not hasattr(os, "SEEK_DATA"), reason="no holes in files here")
+@pytest.mark.parametrize("head", [b"", VALID_GGUF, VALID_APR, VALID_SAFETENSORS])
+def test_huge_hole(head: bytes, tmp_path: Path) -> None:
+    """A terabyte that was never written is named as a hole, in no time; valid first bytes do not help."""
+    with (tmp_path / "m").open("wb") as stream:
+        stream.write(head)
+        stream.truncate(1 << 40)
+    with pytest.raises(FormatError, match=r"expected 1099511627776 bytes of data, found \d+ that were ever written"):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_small_hole_is_legal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is a hole for the smaller part opens: copying tools make holes of runs of zeros."""
+    monkeypatch.setattr("apr_core.formats.checkpoint.SPARSE_FROM", 1)
+    data = safetensors({"a": entry("U8", [3 << 16], [0, 3 << 16])}, bytes(0))
+    with (tmp_path / "m").open("wb") as stream:
+        stream.write(data + b"x" * (2 << 16))
+        stream.truncate(len(data) + (3 << 16))
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        assert list(checkpoint.tensors) == ["a"]
+
+
+def test_map_without_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain mapping of other systems is private too."""
+    monkeypatch.setattr("sys.platform", "other")
+    (tmp_path / "m").write_bytes(VALID_SAFETENSORS)
+    file = map_file(tmp_path / "m")
+    file.view[0] = 0
+    assert (tmp_path / "m").read_bytes() == VALID_SAFETENSORS
 
 
 @pytest.mark.parametrize(
@@ -89,11 +187,28 @@ def test_folder_with_several_models(tmp_path: Path) -> None:
 
 
 def test_folder_without_model(tmp_path: Path) -> None:
-    """An empty folder is exit 3; pickles in it are named but not touched."""
+    """A folder without a model is exit 3; a file that only has a pickle's name does not change that."""
     with pytest.raises(NotFound, match=r"no model\.safetensors"):
         open_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(NotFound, match=r"only pytorch_model\.bin, which can run code"):
+    with pytest.raises(NotFound, match=r"no model\.safetensors"):
+        open_checkpoint(tmp_path)
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    """Shards alone do not say what is missing: the index is asked for."""
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(VALID_SAFETENSORS)
+    with pytest.raises(FormatError, match=r"model\.safetensors\.index\.json beside 2 shards, found no index"):
+        open_checkpoint(tmp_path)
+
+
+def test_companion_that_is_too_large(tmp_path: Path) -> None:
+    """A configuration of a terabyte is not read."""
+    (tmp_path / "model.safetensors").write_bytes(VALID_SAFETENSORS)
+    with (tmp_path / "config.json").open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(FormatError, match=r"expected at most \d+ bytes, found 1099511627776, in .*config\.json"):
         open_checkpoint(tmp_path)
 
 
@@ -112,7 +227,7 @@ def test_hub_cache_layout(tmp_path: Path) -> None:
 
 
 def test_config_is_optional_but_strict(tmp_path: Path) -> None:
-    """No config.json means None; a broken one is named; one that cannot be read is exit 7."""
+    """No config.json means None; a broken one is named, and so is a folder of that name."""
     (tmp_path / "model.safetensors").write_bytes(VALID_SAFETENSORS)
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.config is None
@@ -121,7 +236,7 @@ def test_config_is_optional_but_strict(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ReadWriteError, match=r"config\.json"):
+    with pytest.raises(FormatError, match=r"a regular file.*config\.json"):
         open_checkpoint(tmp_path)
 
 
@@ -167,8 +282,6 @@ def test_content_hash(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "m") as checkpoint:
         assert checkpoint.content_hash == hashlib.sha256(VALID_GGUF).hexdigest()
         assert "gguf, 2 tensors" in repr(checkpoint)
-    from tests.attacks.build import entry, safetensors
-
     parts = {f"{i}.st": safetensors({name: entry()}, bytes([i]) * 8) for i, name in enumerate("ab")}
     for name, data in parts.items():
         (tmp_path / name).write_bytes(data)

@@ -83,9 +83,18 @@ def test_casts(dtype: str, code: str) -> None:
     assert codecs.decoder_name(FORMATS[dtype]) == "apr_core"
 
 
-@pytest.mark.parametrize(("dtype", "torch_name"), [("F8_E4M3", "float8_e4m3fn"), ("F8_E5M2", "float8_e5m2")])
+@pytest.mark.parametrize(
+    ("dtype", "torch_name"),
+    [
+        ("F8_E4M3", "float8_e4m3fn"),
+        ("F8_E5M2", "float8_e5m2"),
+        ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
+        ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+        ("F8_E8M0", "float8_e8m0fnu"),
+    ],
+)
 def test_float8_equals_torch(dtype: str, torch_name: str) -> None:
-    """All 256 bytes of both 8-bit floats decode as torch decodes them."""
+    """All 256 bytes of each 8-bit float decode as torch decodes them."""
     torch = pytest.importorskip("torch")
     codes = np.arange(256, dtype=np.uint8)
     expected = torch.from_numpy(codes.copy()).view(getattr(torch, torch_name)).to(torch.float32).numpy()
