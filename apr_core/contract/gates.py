@@ -7,20 +7,17 @@ Nothing here raises for a defect of a model: it returns every violation at once,
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from math import isnan, nan
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from apr_core.contract.layout import EMBEDDING, HEAD, KINDS, Geometry, Role, expected_tensors, layer_of, role_of
-from apr_core.dtypes import QuantFormat
+from apr_core.contract.plausible import CONFIG_RULES, embedded_tokens
+from apr_core.contract.tied import values_beyond
 from apr_core.errors import AprError
-from apr_core.formats import codecs
-from apr_core.formats.gguf import GgufMetadata
 
 if TYPE_CHECKING:
     from apr_core.contract.stats import TensorStats
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
 
 # Names listed in one message; the violation itself keeps all of them.
 _MOST_NAMES = 20
-_HEAD_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Gate:
         threshold: The limit; a value equal to it passes.
         unit: Unit of the measured value and of the limit.
         direction: ``at_most`` or ``at_least``.
-        applies_to: Kinds of tensors, ``model`` or ``config``.
+        applies_to: Kinds of tensors, ``model``, ``config``, ``file`` or ``generation``.
         exempt: Kinds for which the rule is deliberately not asked.
         severity: 1 to 5.
         waivable: Whether the explicit bypass may run a model in spite of it.
@@ -77,7 +73,9 @@ class Gate:
         if detail:
             text += f" ({detail})"
         value = None if isnan(measured) else float(measured)
-        return [Violation(self.id, tensor, value, self.threshold, self.unit, text, self.rule, self.waivable, names)]
+        about = self.applies_to[0] if self.applies_to[0] in ("file", "generation") else "config"
+        limit, unit = self.threshold, self.unit
+        return [Violation(self.id, tensor, value, limit, unit, text, self.rule, self.waivable, names, about)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Violation:
 
     Attributes:
         gate: Id of the gate.
-        tensor: Canonical name; for a group the first name; empty when the config itself is at fault.
+        tensor: Canonical name; for a group the first name; empty when config or file is at fault.
         measured: The measured value; None where there is no number to give.
         limit: The limit that it broke.
         unit: Unit of both.
@@ -95,6 +93,7 @@ class Violation:
         rule: Which rule of the gate.
         waivable: Whether the explicit bypass may go on.
         names: Every tensor (or config key) concerned, where one violation speaks of several.
+        about: What is at fault when it is no tensor: ``config``, ``file`` or ``generation``.
     """
 
     gate: str
@@ -106,9 +105,10 @@ class Violation:
     rule: str
     waivable: bool
     names: tuple[str, ...] = ()
+    about: str = "config"
 
     def __str__(self) -> str:
-        return f"[{self.gate}] {f'tensor {self.tensor}' if self.tensor else 'config'}: {self.message}"
+        return f"[{self.gate}] {f'tensor {self.tensor}' if self.tensor else self.about}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,10 @@ class GateTable:
         """Yield the rows of one rule that apply to a kind."""
         return (gate for gate in self.gates if gate.rule == rule and kind in gate.applies_to)
 
+    def asks(self, rule: str, kind: str) -> bool:
+        """Return whether any row of a rule applies to a kind."""
+        return any(True for _ in self.select(rule, kind))
+
     def one(self, rule: str) -> Gate:
         """Return the only row of a rule of the model or the config."""
         (gate,) = (gate for gate in self.gates if gate.rule == rule)
@@ -166,7 +170,7 @@ def parse_gates(text: str) -> GateTable:
         kinds = (*gate.applies_to, *gate.exempt)
         if gate.rule not in RULES or gate.direction not in ("at_most", "at_least") or not gate.applies_to:
             raise ValueError(f"gate {gate.id}: rule {gate.rule!r}, {gate.direction!r}, applies to {gate.applies_to}")
-        if len(set(kinds)) != len(kinds) or not set(kinds) <= {*KINDS, "model", "config"}:
+        if len(set(kinds)) != len(kinds) or not set(kinds) <= {*KINDS, "model", "config", "file", "generation"}:
             raise ValueError(f"gate {gate.id}, {gate.rule}: kinds {kinds}")
         gates.append(gate)
     measure = table["measure"]
@@ -204,8 +208,10 @@ _TENSOR_RULES: Mapping[str, tuple[Callable[[TensorStats], float], Callable[[Tens
     "l2": (lambda s: s.l2, lambda s: ""),
     "spread": (lambda s: s.spread, lambda s: ""),
     "spot_l2": (lambda s: s.spot_l2, _spot_detail),
+    "dead_row_percent": (lambda s: s.dead_row_percent, lambda s: f"{s.dead_rows} of {s.rows} rows"),
 }
 _LAYOUT_RULES = ("shape", "byte_difference", "element_type", "head_differs", "missing", "beyond", "config_keys")
+_FILE_RULES = ("unexplained_bytes", "padding_run")
 
 
 def judge_tensor(stats: TensorStats, role: Role) -> list[Violation]:
@@ -220,24 +226,31 @@ def judge_tensor(stats: TensorStats, role: Role) -> list[Violation]:
 
 def needs_spot_rows(role: Role) -> bool:
     """Return whether a gate asks for the row norms of this role."""
-    return any(True for _ in load_gates().select("spot_l2", role.kind))
+    return any(load_gates().asks(rule, role.kind) for rule in ("spot_l2", "dead_row_percent"))
 
 
 def judge_layout(checkpoint: Checkpoint, geometry: Geometry) -> list[Violation]:
     """
     Judge names, shapes, byte lengths, a stored tied head, and the config of an opened model.
 
-    The order is the model's, not the file's: config, completeness, then tensor by tensor.
+    The order is the model's, not the file's: container, config, completeness, then tensor by tensor.
 
     Cost: reads no weights, but for a stored head beside a tied embedding whose bytes differ.
     """
-    found = judge_config(checkpoint, geometry) + judge_names(checkpoint.tensors, geometry)
+    found = judge_cover(checkpoint) + judge_config(checkpoint, geometry) + judge_names(checkpoint.tensors, geometry)
     for name, (role, shape) in expected_tensors(geometry).items():
         if name in checkpoint.tensors:
             found += judge_span(checkpoint.tensors[name], role, shape)
     if geometry.tied and HEAD in checkpoint.tensors:
         found += _judge_tied_head(checkpoint, geometry)
     return found
+
+
+def judge_cover(checkpoint: Checkpoint) -> list[Violation]:
+    """Judge that tensors and their alignment explain all data; an overlap is refused by every reader."""
+    gaps = checkpoint.gaps
+    detail = ", ".join(f"{gap.nbytes} at byte {gap.offset} of {gap.file.name}" for gap in gaps[:_MOST_NAMES])
+    return load_gates().one("unexplained_bytes").judge("", sum(gap.nbytes for gap in gaps), detail=detail)
 
 
 def judge_span(info: TensorInfo, role: Role, shape: tuple[int, ...]) -> list[Violation]:
@@ -253,6 +266,21 @@ def judge_span(info: TensorInfo, role: Role, shape: tuple[int, ...]) -> list[Vio
         detail = f"{info.nbytes} stored, {demanded} demanded by {info.dtype} {list(info.shape)}"
         found += gate.judge(info.name, abs(info.nbytes - demanded), detail=detail)
     return found
+
+
+def judge_generation(ids: Sequence[int], padding: Container[int]) -> list[Violation]:
+    """
+    Judge generated tokens: a head read in the wrong layout repeats padding (F-LAYOUT-CONTRACT-005).
+
+    Args:
+        ids: What was generated, the prompt left out; none at all is no pass.
+        padding: Ids that stand for no text: the padding token and the reserved rows of the vocabulary.
+    """
+    longest, run = (0, 0) if ids else (nan, 0)
+    for token in ids:
+        run = run + 1 if token in padding else 0
+        longest = max(longest, run)
+    return load_gates().one("padding_run").judge("", longest, detail=f"of {len(ids)} generated")
 
 
 def undecodable(name: str, role: Role, reason: str) -> list[Violation]:
@@ -309,7 +337,7 @@ def _judge_tied_head(checkpoint: Checkpoint, geometry: Geometry) -> list[Violati
     if found or other is None or other.shape != info.shape or other.nbytes != other.dtype.nbytes(other.shape):
         return found
     try:
-        differing, compared = _values_beyond(checkpoint)
+        differing, compared = values_beyond(checkpoint)
     except AprError as error:  # a type without a decoder or a bound: what cannot be compared must not pass
         return undecodable(HEAD, role, str(error))
     for gate in load_gates().select("head_differs", role.kind):
@@ -317,69 +345,8 @@ def _judge_tied_head(checkpoint: Checkpoint, geometry: Geometry) -> list[Violati
     return found
 
 
-def _values_beyond(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Count the head's values that lie outside the joint error bound of both types around the embedding's."""
-    head, embedding = checkpoint.raw(HEAD), checkpoint.raw(EMBEDDING)
-    rows, columns = head.info.shape
-    if head.info.dtype == embedding.info.dtype and np.array_equal(head.data, embedding.data):
-        return 0, rows * columns
-    both: list[QuantFormat] = [head.info.dtype, embedding.info.dtype]
-    streamed = all(dtype.layout == "row" for dtype in both)
-    step = max(1, _HEAD_CHUNK // columns) if streamed else rows
-    beyond = 0
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        a = codecs.decode_rows(head, start, stop) if streamed else codecs.decode(head)
-        b = codecs.decode_rows(embedding, start, stop) if streamed else codecs.decode(embedding)
-        with np.errstate(all="ignore"):
-            # both are roundings of one unknown matrix, so their bounds add up
-            bound = codecs.step_bound(a, head.info.dtype) + codecs.step_bound(b, embedding.info.dtype)
-            beyond += int(np.count_nonzero(~(np.abs(a - b) <= bound)))
-    return beyond, rows * columns
-
-
-def _stated(config: Mapping[str, object], key: str) -> float | None:
-    """Read a number; None when absent, NaN (which fails every gate) when it is something else."""
-    value = config.get(key)
-    if value is None:
-        # transformers 5 nests the RoPE base; to read only the flat key would call a healthy model broken
-        nested = config.get("rope_parameters")
-        value = nested.get(key) if isinstance(nested, Mapping) else None
-    if value is None:
-        return None
-    try:
-        return float(value) if isinstance(value, int | float) else nan
-    except OverflowError:
-        return nan
-
-
-def _remainder_of_heads(config: Mapping[str, object], geometry: Geometry) -> float:
-    return geometry.num_attention_heads % geometry.num_key_value_heads
-
-
-def _remainder_of_hidden(config: Mapping[str, object], geometry: Geometry) -> float | None:
-    # with head_dim stated the heads need not add up to the hidden size (Qwen3)
-    return None if config.get("head_dim") is not None else geometry.hidden_size % geometry.num_attention_heads
-
-
-def _rope_theta(config: Mapping[str, object], geometry: Geometry) -> float:
-    # absent is not legal here: every reader would put its own default in, and the common one is the wrong one
-    theta = _stated(config, "rope_theta")
-    return nan if theta is None else theta
-
-
-_CONFIG_RULES: Mapping[str, Callable[[Mapping[str, object], Geometry], float | None]] = {
-    "rope_theta_low": _rope_theta,
-    "rope_theta_high": lambda config, _: _stated(config, "rope_theta"),
-    "rms_norm_eps_low": lambda config, _: _stated(config, "rms_norm_eps"),
-    "rms_norm_eps_high": lambda config, _: _stated(config, "rms_norm_eps"),
-    "context_low": lambda config, _: _stated(config, "max_position_embeddings"),
-    "context_high": lambda config, _: _stated(config, "max_position_embeddings"),
-    "heads_per_kv_head": _remainder_of_heads,
-    "hidden_per_head": _remainder_of_hidden,
-}
 _VOCABULARY_RULES = ("vocab_rows", "tokens_over_rows")
-RULES: frozenset[str] = frozenset([*_TENSOR_RULES, *_LAYOUT_RULES, *_CONFIG_RULES, *_VOCABULARY_RULES])
+RULES: frozenset[str] = frozenset([*_TENSOR_RULES, *_LAYOUT_RULES, *_FILE_RULES, *CONFIG_RULES, *_VOCABULARY_RULES])
 
 
 def judge_config(checkpoint: Checkpoint, geometry: Geometry) -> list[Violation]:
@@ -387,8 +354,8 @@ def judge_config(checkpoint: Checkpoint, geometry: Geometry) -> list[Violation]:
     config = checkpoint.config or {}
     found = list[Violation]()
     for gate in load_gates().gates:
-        if gate.rule in _CONFIG_RULES:
-            value = _CONFIG_RULES[gate.rule](config, geometry)
+        if gate.rule in CONFIG_RULES:
+            value = CONFIG_RULES[gate.rule](config, geometry)
             if value is not None:  # absent is legal where the rule says so
                 found += gate.judge("", value)
     return found + _judge_vocabulary(checkpoint, geometry)
@@ -402,16 +369,8 @@ def _judge_vocabulary(checkpoint: Checkpoint, geometry: Geometry) -> list[Violat
     rows, table = info.shape[0], load_gates()
     detail = f"vocab_size {geometry.vocab_size}, embedding rows {rows}"
     found = table.one("vocab_rows").judge("", abs(geometry.vocab_size - rows), detail=detail)
-    tokens = _embedded_tokens(checkpoint.metadata)
+    tokens = embedded_tokens(checkpoint.metadata)
     if tokens is not None:
         detail = f"{tokens} tokens, {rows} rows"
         found += table.one("tokens_over_rows").judge("", tokens - rows, detail=detail)
     return found
-
-
-def _embedded_tokens(metadata: Mapping[str, object]) -> int | None:
-    """Return how many tokens the container's own tokenizer has (GGUF and APR carry one), without parsing them."""
-    if isinstance(metadata, GgufMetadata):
-        return metadata.array_length("tokenizer.ggml.tokens")
-    tokens = metadata.get("tokenizer.vocabulary")
-    return len(tokens) if isinstance(tokens, list) else None

@@ -46,6 +46,7 @@ class TensorStats:
         nonfinite_scales: Block scales that are NaN or infinite; 0 for types without scales.
         row_l2: Norm of each spot row by row number, when asked for.
         dead_rows: Rows whose norm is below `measure.dead_row_l2`, when spot rows were asked for.
+        rows: Rows whose norm was measured; 0 when spot rows were not asked for.
         digest: 128-bit digest of the stored bytes, 32 hexadecimal digits (`kernels.stats.digest_lanes`).
     """
 
@@ -63,6 +64,12 @@ class TensorStats:
     row_l2: tuple[tuple[int, float], ...] = ()
     dead_rows: int | None = None
     digest: str = ""
+    rows: int = 0
+
+    @property
+    def dead_row_percent(self) -> float:
+        """Share of dead rows in percent; NaN when no row was measured, which therefore fails its gate."""
+        return 100.0 * self.dead_rows / self.rows if self.rows and self.dead_rows is not None else nan
 
     @property
     def zero_percent(self) -> float:
@@ -174,6 +181,7 @@ class _Running:
             nonfinite_scales=nonfinite_scales,
             row_l2=spots,
             # not written as norm < limit: a row with a NaN in it is not alive
+            rows=0 if norms is None else norms.size,
             dead_rows=None if norms is None else int((~(norms >= table.dead_row_l2)).sum()),
             digest=digest,
         )

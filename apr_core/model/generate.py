@@ -23,6 +23,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from apr_core.contract.gates import Violation, judge_generation
 from apr_core.errors import InferenceError, UsageError
 from apr_core.model.tokens import PreparedTokens
 from apr_core.model.trace import Cache, Trace, TracedForward
@@ -113,6 +114,11 @@ class Generation(Iterator[int]):
         if self._model.tokenizer is None:
             raise UsageError("this model came without a tokenizer, so its answer has no text", advice="read .ids")
         return self._model.tokenizer.decode(self.ids)
+
+    @property
+    def violations(self) -> list[Violation]:
+        """What F-LAYOUT-CONTRACT-005 finds in the answer so far: repeated padding; an empty answer is no pass."""
+        return judge_generation(self.ids, padding_of(self._model))
 
     def __iter__(self) -> Self:
         return self
@@ -213,6 +219,15 @@ def ends_of(model: TracedForward) -> frozenset[int]:
     """Return the end tokens: the union of what the configuration and the tokenizer's files name."""
     named = model.tokenizer.eos_ids if model.tokenizer is not None else frozenset()
     return frozenset(model.config.eos_token_ids) | named
+
+
+def padding_of(model: TracedForward) -> frozenset[int]:
+    """Return the ids that stand for no text: the padding token, and rows of the vocabulary behind the last token."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return frozenset()
+    named = tokenizer.special_ids.get(tokenizer.template_variables.get("pad_token", ""))
+    return frozenset(range(tokenizer.vocab_size, model.config.vocab_size)) | ({named} if named is not None else set())
 
 
 def _ids_of(prepared: PreparedTokens) -> NDArray[np.int64]:

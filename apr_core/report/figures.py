@@ -53,6 +53,7 @@ _GATES = {
     "F-DATA-QUALITY-002": ("non-finite values (count)", "tensor"),
     "F-DATA-QUALITY-003": ("L2 norm (weight units)", "tensor"),
     "F-DATA-QUALITY-004": ("L2 norm (weight units)", "spot row"),
+    "F-DATA-QUALITY-005": ("dead rows (%)", "tensor"),
 }
 _UNITS = {"kl": "nat", "rel_l2": "ratio"}
 
@@ -347,6 +348,7 @@ FIGURES: dict[str, Plot] = {
     "F-DATA-QUALITY-002": plot_tensor_statistics,
     "F-DATA-QUALITY-003": plot_tensor_statistics,
     "F-DATA-QUALITY-004": plot_tensor_statistics,
+    "F-DATA-QUALITY-005": plot_tensor_statistics,
     "F-PAR-001": plot_positions,
     "F-PAR-002": plot_layer_trace,
     "F-PAR-003": plot_positions,

@@ -85,7 +85,7 @@ def _gate_finding(subject: Subject, gate: str, values: np.ndarray[Any, Any] | No
     mine = [d for d in DEFECTS if d.gate == gate]
     missed = [d for d in mine if not kill_table()[d.id][gate]]
     rows: list[dict[str, object]] = [
-        {"on": "subject", "what": v.tensor or "config", "measured": v.measured, "limit": v.limit, "outcome": v.message}
+        {"on": "subject", "what": v.tensor or v.about, "measured": v.measured, "limit": v.limit, "outcome": v.message}
         for v in violations
     ]
     rows += [
@@ -165,6 +165,19 @@ def spot_rows(subject: Subject) -> Finding:
     """L2 norm of the rows at 10, 50 and 90 % of the vocabulary."""
     rows = [norm for s in subject.admission.stats.values() for _, norm in s.row_l2]
     return _gate_finding(subject, "F-DATA-QUALITY-004", np.array(rows))
+
+
+@act("F-DATA-QUALITY-005")
+def dead_rows(subject: Subject) -> Finding:
+    """Share of dead rows of each vocabulary matrix, in percent."""
+    values = np.array([s.dead_row_percent for s in subject.admission.stats.values() if s.rows])
+    return _gate_finding(subject, "F-DATA-QUALITY-005", values)
+
+
+@act("F-CONTAINER-COVER-001")
+def cover(subject: Subject) -> Finding:
+    """Bytes of the container that no tensor explains."""
+    return _gate_finding(subject, "F-CONTAINER-COVER-001")
 
 
 @act("F-LAYOUT-CONTRACT-001")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -30,6 +31,7 @@ LAYERS = "model.layers.*."
 PREFLIGHT = ("preflight",)
 TRANSFORMERS = "transformers_f64.npz"
 INTEGER_LABEL = "F-LAYOUT-CONTRACT-004"
+COVER = "F-CONTAINER-COVER-001"
 USUAL = "the headers agree with each other, and the values are ones that a trained model can have"
 
 
@@ -335,6 +337,32 @@ def _from_data(keep: Callable[[Bytes], Bytes]) -> Callable[[bytes], bytes]:
     return change
 
 
+def _gguf_hole(path: Path) -> None:
+    """Move the last tensor of a GGUF on by a page, as an aborted edit in place leaves it."""
+    with open_checkpoint(path) as checkpoint:
+        last = max(checkpoint.tensors.values(), key=lambda info: info.offset)
+    data, stored = path.read_bytes(), last.stored_name.encode()
+    at = data.index(len(stored).to_bytes(8, "little") + stored) + 8 + len(stored) + 4 + 8 * len(last.shape) + 4
+    moved = (int.from_bytes(data[at : at + 8], "little") + 4096).to_bytes(8, "little")
+    path.write_bytes(data[:at] + moved + data[at + 8 : last.offset] + bytes(4096) + data[last.offset :])
+
+
+def _edited(edit: Callable[[Path], None], container: str) -> Recipe:
+    """Edit the finished file of a container by its path."""
+
+    def recipe(draft: Draft) -> None:
+        draft.container = container
+        draft.after.append(edit)
+
+    return recipe
+
+
+def _apr_tail(data: bytes) -> bytes:
+    """Leave the end of a longer file behind the last tensor of an APR, under a checksum that holds."""
+    body = data[:-4] + data[-4 - 6400 : -4]
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
 def _stale_pages(data: Bytes) -> Bytes:
     """Repeat the first half of the data where the second should be, page by page."""
     half = data.size // 8192 * 4096
@@ -423,6 +451,12 @@ DEFECTS: tuple[Defect, ...] = (
         Row("overlap", "two tensors share their bytes", _header(lambda h: h[_UP].update(h[_GATE]))),
         Row("hole", "a hole of 1 MB before the last tensor", _header(_shifted(1 << 20), bytes(1 << 20))),
         Row("trailing-bytes", "a megabyte behind the last tensor", _header(lambda h: None, bytes(1 << 20)))),
+    *family("unexplained-bytes", "container", "round 47", (COVER,),
+        Row("gguf-hole", "a page that no tensor explains before the last one", _edited(_gguf_hole, "gguf")),
+        Row("gguf-tail", "a GGUF over a longer file, whose end is still there",
+            written(lambda d: d + d[-70_000:], "gguf")),
+        Row("gguf-zero-tail", "64 bytes of zeros behind the last tensor", written(lambda d: d + bytes(64), "gguf")),
+        Row("apr-tail", "the end of a longer file before the checksum of an APR", written(_apr_tail, "apr"))),
     *family("offset-swapped", "container", "peers N5", ("F-GT-008", "F-GT-010"),
         Row("offset-gate-up", "gate and up point at each other's bytes", _header(_swapped(_GATE, _UP))),
         Row("offset-up-down", "up and down point at each other's bytes", _header(_swapped(_UP, _DOWN))), alone=USUAL),

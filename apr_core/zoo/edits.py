@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apr_core.contract.gates import load_gates
 from apr_core.contract.layout import EMBEDDING, HEAD
 from apr_core.dtypes import FORMATS
 from apr_core.formats.codecs import encode, round_to
@@ -79,6 +80,16 @@ def fill(value: float, where: slice | tuple[slice, ...] = slice(None)) -> Edit:
 def zero_rows(start: float, stop: float) -> Edit:
     """Zero the rows between two shares."""
     return lambda v, _: v.__setitem__(slice(int(len(v) * start), int(len(v) * stop)), 0)
+
+
+def every_third(factor: float) -> Edit:
+    """Scale each third row, but for those that the spot check reads."""
+
+    def edit(values: Values, _: Draft) -> None:
+        spots = {len(values) * percent // 100 for percent in load_gates().spot_percent}
+        values[[row for row in range(0, len(values), 3) if row not in spots]] *= np.float32(factor)
+
+    return edit
 
 
 def times(factor: float) -> Edit:

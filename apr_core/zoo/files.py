@@ -23,6 +23,7 @@ from apr_core.zoo.edits import (
     config,
     copied,
     dropped,
+    every_third,
     exchanged,
     f16_decoded,
     fill,
@@ -69,6 +70,7 @@ QUANTISED = ("F-GT-010", "F-PAR-008")
 CONFIG = ("F-GT-008", "F-GT-011")
 EMPTY, DENSE, SPOT, FINITE = (f"F-DATA-QUALITY-00{n}" for n in (3, 1, 4, 2))
 SHAPE, VECTOR, COMPLETE = "F-LAYOUT-CONTRACT-001", "F-LAYOUT-CONTRACT-003", "F-ARCH-COMPLETE-001"
+ROWS = "F-DATA-QUALITY-005"
 SANE = "F-CONFIG-PLAUSIBLE-001"
 
 PERMUTED = "a permutation keeps every statistic of the tensor"
@@ -93,6 +95,10 @@ DEFECTS: tuple[Defect, ...] = (
         Row("embedding-tail-zero", "the last fifth of the embedding is zero", On(EMBEDDING, zero_rows(0.8, 1))),
         Row("embedding-head-zero", "the first fifth of the embedding is zero", On(EMBEDDING, zero_rows(0, 0.2))),
         Row("embedding-gap-zero", "two percent in the middle are zero", On(EMBEDDING, zero_rows(0.49, 0.51)))),
+    *family("dying-rows", "missing-data", "PMAT-325", (ROWS,),
+        Row("rows-third-dead", "each third row of the vocabulary is zero", On(EMBEDDING, every_third(0.0))),
+        Row("rows-vanish", "each third row of the vocabulary is 1e-9 of itself", On(EMBEDDING, every_third(1e-9))),
+        Row("head-rows-dead", "each third row of an untied head is zero", untied(every_third(0.0)))),
     *family("zeroed-share", "missing-data", "PMAT-236", (DENSE,),
         Row("all-999-zero", "99.9 % of every matrix is zero", On(MATRICES, zero_where(0.999))),
         Row("gate-945-zero", "94.5 % of gate_proj is zero", On(GATE, zero_where(0.945)), source="round 51"),
@@ -212,7 +218,7 @@ DEFECTS: tuple[Defect, ...] = (
         Row("gguf-tokens-over-rows", "a GGUF has more tokens than rows",
             stored_in("gguf", "keep", rows_kept(1000, True)), (SANE,), source="llama.cpp 8445"),
         Row("rows-below-tokens", "the vocabulary was cut below the tokenizer's",
-            rows_kept(1000, True), PREFLIGHT)),
+            rows_kept(1000, True), (SANE,))),
     # configuration
     *family("heads-wrong", "configuration", "peers N10", (SHAPE,),
         Row("kv-heads-doubled", "num_key_value_heads is doubled", scaled_key("num_key_value_heads", 2)),
@@ -239,6 +245,10 @@ DEFECTS: tuple[Defect, ...] = (
         Row("yarn", "RoPE scaling is asked for",
             config(rope_scaling={"type": "yarn", "factor": 4.0}), source="llama.cpp 10698"),
         Row("llama", "the model calls itself a llama", config(model_type="llama"), source="ANEForge 253")),
+    *family("end-token-outside", "configuration", "peers K7", (SANE,),
+        Row("end-past-vocabulary", "the end token is no row of the vocabulary", config(eos_token_id=151_645_000)),
+        Row("end-negative", "one of two end tokens is -1", config(eos_token_id=[1, -1])),
+        Row("end-as-text", "the end token is a text", config(eos_token_id="<|im_end|>"))),
     *family("epsilon-plausible", "configuration", "peers N10", CONFIG,
         Row("eps-x10", "rms_norm_eps is 1e-5", config(rms_norm_eps=1e-5)),
         Row("eps-1e-3", "rms_norm_eps is 1e-3", config(rms_norm_eps=1e-3)),

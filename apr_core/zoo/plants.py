@@ -7,6 +7,7 @@ Each gate has at least two recipes that it must refuse; a recipe close to a limi
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -60,6 +61,35 @@ def _fill(name: str, value: float) -> Recipe:
 def _zero_row(name: str, percent: int) -> Recipe:
     def recipe(draft: Draft) -> None:
         draft.weights[name][len(draft.weights[name]) * percent // 100] = 0
+
+    return recipe
+
+
+def _dead_rows(share: float) -> Recipe:
+    """Zero a share of the vocabulary's rows behind its middle, where no spot row lies."""
+
+    def recipe(draft: Draft) -> None:
+        count = len(draft.weights[EMBED])
+        draft.weights[EMBED][count // 2 + 1 : count // 2 + 1 + round(count * share)] = 0
+
+    return recipe
+
+
+def _reserved_rows(draft: Draft) -> None:
+    """Zero the last 9 % of the vocabulary, as rows behind the last token may be."""
+    draft.weights[EMBED][len(draft.weights[EMBED]) * 91 // 100 :] = 0
+
+
+def _in_gguf(tail: Callable[[bytes], bytes]) -> Recipe:
+    """Write a GGUF and append bytes that depend on it."""
+
+    def edit(path: Path) -> None:
+        data = path.read_bytes()
+        path.write_bytes(data + tail(data))
+
+    def recipe(draft: Draft) -> None:
+        draft.container = "gguf"
+        draft.after.append(edit)
 
     return recipe
 
@@ -263,6 +293,42 @@ DEFECTS: tuple[Defect, ...] = (
         _zero_row(EMBED, 90),
     ),
     _twin(
+        "dead-vocabulary",
+        "missing-data",
+        "rows-26-dead",
+        "F-DATA-QUALITY-005",
+        "26 % of the vocabulary's rows are zero, spot rows alive",
+        "PMAT-325",
+        _dead_rows(0.26),
+    ),
+    _twin(
+        "dead-vocabulary",
+        "missing-data",
+        "rows-39-dead",
+        "F-DATA-QUALITY-005",
+        "39 % of the vocabulary's rows are zero, spot rows alive",
+        "PMAT-325",
+        _dead_rows(0.39),
+    ),
+    _twin(
+        "trailing-page",
+        "container",
+        "gguf-page-behind",
+        "F-CONTAINER-COVER-001",
+        "a page behind the last tensor of a GGUF",
+        "round 47",
+        _in_gguf(lambda data: data[-4096:]),
+    ),
+    _twin(
+        "trailing-page",
+        "container",
+        "gguf-byte-behind",
+        "F-CONTAINER-COVER-001",
+        "one byte more than the alignment explains",
+        "round 47",
+        _in_gguf(lambda data: bytes(-len(data) % 32 + 1)),
+    ),
+    _twin(
         "reversed-shape",
         "layout",
         "embedding-reversed",
@@ -410,6 +476,15 @@ DEFECTS: tuple[Defect, ...] = (
         _config("max_position_embeddings", 1),
     ),
     _twin(
+        "end-token",
+        "configuration",
+        "end-outside",
+        "F-CONFIG-PLAUSIBLE-001",
+        "the end token is one past the vocabulary",
+        "peers K7",
+        _config("eos_token_id", 1024),
+    ),
+    _twin(
         "wrong-vocabulary",
         "configuration",
         "vocabulary-off",
@@ -425,6 +500,10 @@ BENIGN: tuple[Benign, ...] = (
     _legal("embedding-49-zero", "49 % of the embedding is zero, no row dead", _scatter_zeros(EMBED, 0.49)),
     _legal("weight-79-zero", "79 % of q_proj is zero", _scatter_zeros(Q, 0.79)),
     _legal("bias-90-zero", "90 % of a bias is zero", _scatter_zeros(V_BIAS, 0.90)),
+    _legal("rows-25-dead", "exactly a quarter of the vocabulary's rows is zero", _dead_rows(0.25)),
+    _legal("reserved-rows", "the reserved rows behind the last token are zero", _reserved_rows),
+    _legal("gguf-padded", "a GGUF padded to its alignment", _in_gguf(lambda data: bytes(-len(data) % 32))),
+    _legal("end-tokens", "the first and the last row are end tokens", _config("eos_token_id", [0, 1023])),
     _legal("dead-row-elsewhere", "a padded row of the vocabulary is zero", _zero_row(EMBED, 99)),
     _legal(
         "head-stored",

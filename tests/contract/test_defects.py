@@ -105,6 +105,13 @@ RED: dict[str, tuple[Plant, str, str, str]] = {
     "zeroed bias": (put(Q_BIAS, np.zeros(64, np.float32)), "F-DATA-QUALITY-003", "l2", Q_BIAS),
     "constant projection": (put(DOWN, ZEROS + 1), "F-DATA-QUALITY-003", "spread", DOWN),
     "dead spot row": (rows(65, 66), "F-DATA-QUALITY-004", "spot_l2", EMBEDDING),
+    "half of the vocabulary dead, spot rows alive": (
+        rows(2, 131, 2),
+        "F-DATA-QUALITY-005",
+        "dead_row_percent",
+        EMBEDDING,
+    ),
+    "vanishing rows": (rows(70, 110, value=1e-9), "F-DATA-QUALITY-005", "dead_row_percent", EMBEDDING),
     "reversed projection": (reverse(DOWN), "F-LAYOUT-CONTRACT-001", "shape", DOWN),
     "reversed embedding": (reverse(EMBEDDING), "F-LAYOUT-CONTRACT-001", "shape", EMBEDDING),
     "placeholder of a sharded model": (put(DOWN, np.empty(0, np.float32)), "F-LAYOUT-CONTRACT-001", "shape", DOWN),
@@ -146,6 +153,10 @@ RED: dict[str, tuple[Plant, str, str, str]] = {
     "context too long": (state(max_position_embeddings=2**20 + 1), "F-CONFIG-PLAUSIBLE-001", "context_high", ""),
     "heads that do not share": (state(num_key_value_heads=3), "F-CONFIG-PLAUSIBLE-001", "heads_per_kv_head", ""),
     "hidden that does not divide": (state(num_attention_heads=6), "F-CONFIG-PLAUSIBLE-001", "hidden_per_head", ""),
+    "an end token past the vocabulary": (state(eos_token_id=131), "F-CONFIG-PLAUSIBLE-001", "end_tokens_outside", ""),
+    "one of two end tokens": (state(eos_token_id=[7, -1]), "F-CONFIG-PLAUSIBLE-001", "end_tokens_outside", ""),
+    "an end token as text": (state(eos_token_id="</s>"), "F-CONFIG-PLAUSIBLE-001", "end_tokens_outside", ""),
+    "an end token of true": (state(eos_token_id=True), "F-CONFIG-PLAUSIBLE-001", "end_tokens_outside", ""),
     "a row too few": (vocabulary(130), "F-CONFIG-PLAUSIBLE-001", "vocab_rows", ""),
     "a row too many": (vocabulary(132), "F-CONFIG-PLAUSIBLE-001", "vocab_rows", ""),
 }
@@ -162,7 +173,8 @@ def test_planted_defects_go_red(name: str, tensors: Tensors, config: dict[str, o
 
 GREEN: dict[str, Plant] = {
     "untouched": lambda tensors, config: None,
-    "half of the vocabulary zero, spot rows alive": rows(2, 131, 2),
+    "a quarter of the vocabulary dead, spot rows alive": rows(70, 102),
+    "reserved rows at the end": rows(118, 131),
     "two of four": lambda tensors, config: tensors[DOWN].reshape(-1, 4).__setitem__((slice(None), slice(0, 2)), 0),
     "norms of a quarter": put(NORM, np.full(64, 0.25, np.float32)),
     "a sparse bias": put(Q_BIAS, np.eye(1, 64, dtype=np.float32)[0]),
@@ -177,6 +189,7 @@ GREEN: dict[str, Plant] = {
     "theta of an older model": state(rope_theta=50000.0),
     "theta nested as transformers 5 writes it": state(rope_theta=None, rope_parameters={"rope_theta": 1e6}),
     "eps at its limit": state(rms_norm_eps=0.01),
+    "end tokens inside": state(eos_token_id=[0, 130]),
     "head_dim stated": state(head_dim=16),
     "a large value": hole(DOWN, 1e30),
 }
@@ -193,8 +206,9 @@ def test_benign_twins_stay_green(name: str, tensors: Tensors, config: dict[str, 
 
 def test_every_rule_has_a_planted_defect() -> None:
     """A rule of the table that no test here turns red is a rule that nobody has seen fail."""
-    # the first two have tests below, on GGUF; the last one in test_gates.py, since no reader lets it through
-    elsewhere = {"nonfinite_scales", "tokens_over_rows", "byte_difference"}
+    # the first three have tests below, on GGUF; the others in test_gates.py: no reader lets a wrong length through, and
+    # padding is generated
+    elsewhere = {"nonfinite_scales", "tokens_over_rows", "unexplained_bytes", "byte_difference", "padding_run"}
     assert {gate.rule for gate in load_gates().gates} - {rule for _, _, rule, _ in RED.values()} == elsewhere
 
 
@@ -207,6 +221,23 @@ def test_exactly_half_of_an_embedding(tensors: Tensors, config: dict[str, object
     tensors[EMBEDDING][7, 1] = 0
     (violation,) = admit(save(tensors, config)).violations
     assert (violation.gate, violation.message) == ("F-DATA-QUALITY-001", "50.01 % zeros, at most 50 %")
+
+
+@pytest.mark.parametrize("kind", ["embedding", "head"])
+def test_exactly_a_quarter_of_the_rows(kind: str, tensors: Tensors, config: dict[str, object], save: Save) -> None:
+    """33 dead rows of 132 pass, 34 do not; the same of a head of its own."""
+    config |= {"vocab_size": 132, "tie_word_embeddings": kind == "embedding"}
+    tensors[EMBEDDING] = np.resize(tensors[EMBEDDING], (132, 64))
+    name = EMBEDDING
+    if kind == "head":
+        name = "lm_head.weight"
+        tensors[name] = tensors[EMBEDDING].copy()
+    tensors[name][70:103] = 0
+    assert admit(save(tensors, config)).violations == ()
+    tensors[name][103, :] = 0
+    (violation,) = admit(save(tensors, config)).violations
+    assert (violation.gate, violation.tensor) == ("F-DATA-QUALITY-005", name)
+    assert violation.message == "25.8 % dead rows, at most 25 % (34 of 132 rows)"
 
 
 def test_reversed_shapes_say_so(tensors: Tensors, config: dict[str, object], save: Save) -> None:
@@ -272,6 +303,23 @@ def gguf_model(path: Path, tensors: Tensors, *, tokens: int, quantise: str = "",
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_bytes_that_no_tensor_explains(tensors: Tensors, tmp_path: Path) -> None:
+    """A tail is refused as the file's fault, with its place; the padding to the alignment is explained."""
+    path = gguf_model(tmp_path / "m.gguf", tensors, tokens=131)
+    whole = path.read_bytes()
+    assert admit(path).violations == ()
+    path.write_bytes(whole + bytes(-len(whole) % 32))
+    assert admit(path).violations == ()
+    path.write_bytes(whole + bytes(-len(whole) % 32 + 1))
+    (violation,) = admit(path).violations
+    assert (violation.gate, violation.measured, violation.tensor) == ("F-CONTAINER-COVER-001", 1.0, "")
+    place = path.stat().st_size - 1
+    assert str(violation) == (
+        f"[F-CONTAINER-COVER-001] file: 1 bytes that no tensor explains, at most 0 (1 at byte {place} of m.gguf)"
+    )
+    assert admit(path, skip=True).require().bypassed
 
 
 @pytest.mark.parametrize(("tokens", "rules"), [(120, []), (131, []), (132, ["tokens_over_rows"])])

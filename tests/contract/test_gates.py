@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gguf import quants
 
-from apr_core.contract import gates
+from apr_core.contract import gates, tied
 from apr_core.contract.admit import admit
 from apr_core.contract.gates import Gate, judge_layout, judge_span, judge_tensor, load_gates, parse_gates
 from apr_core.contract.layout import KINDS, ROLES, Geometry, Role
@@ -33,12 +33,16 @@ BY_KIND: dict[str, Role] = {role.kind: role for role in ROLES}
 TABLE = load_gates()
 
 # The digest of everything in gates.toml that decides a verdict or words it, by version.
-DIGESTS = {1: "c2c763bf4edf67e727dbac85885357fd717653b12112d514a5d8a6d88bf7f843"}
+DIGESTS = {
+    1: "c2c763bf4edf67e727dbac85885357fd717653b12112d514a5d8a6d88bf7f843",
+    2: "97d91aa79ae731f15384ba1355946bab8eff4f056aaf390ab46f2c57d831b84f",
+}
 
 
 def healthy(**changes: object) -> TensorStats:
     """Statistics that pass every gate, with one thing changed."""
     made = TensorStats("t", 1000, 0, 0, 0, -1.0, 1.0, 0.0, 0.5, 15.8, 0, ((10, 1.0), (50, 1.0), (90, 1.0)), 0)
+    made = replace(made, rows=1000)
     return replace(made, **changes)
 
 
@@ -67,6 +71,7 @@ def test_published_limits() -> None:
     assert limits["DATA-QUALITY-003", "l2", "bias"] == 1e-6
     assert limits["DATA-QUALITY-003", "spread", "weight"] == 1e-10
     assert limits["DATA-QUALITY-004", "spot_l2", "embedding"] == 1e-6
+    assert limits["DATA-QUALITY-005", "dead_row_percent", "embedding"] == 25
     assert TABLE.spot_percent == (10, 50, 90)
     assert limits["CONFIG-PLAUSIBLE-001", "rms_norm_eps_high", "config"] == 0.01
     assert limits["CONFIG-PLAUSIBLE-001", "context_high", "config"] == 2**20
@@ -114,6 +119,7 @@ DATA = {
     "nonfinite_scales": lambda limit, kind: {"nonfinite_scales": limit},
     "l2": lambda limit, kind: {"l2": limit},
     "spread": lambda limit, kind: {"minimum": 0.0, "maximum": limit},
+    "dead_row_percent": lambda limit, kind: {"dead_rows": 10 * limit},
     "spot_l2": lambda limit, kind: {"row_l2": ((10, 1.0), (50, limit), (90, 1.0))},
 }
 
@@ -164,6 +170,8 @@ def test_nothing_measured_is_not_a_pass() -> None:
     empty = measure_values("t", np.empty((0, 64), np.float32))
     assert ("F-DATA-QUALITY-001", "zero_percent") in found(empty, ROLE["embedding"])
     assert ("F-DATA-QUALITY-004", "spot_l2") in found(healthy(row_l2=()), ROLE["embedding"])
+    for unmeasured in ({"rows": 0}, {"dead_rows": None}):
+        assert found(healthy(**unmeasured), ROLE["embedding"]) == [("F-DATA-QUALITY-005", "dead_row_percent")]
 
 
 def test_rows_are_measured_where_a_gate_asks() -> None:
@@ -213,9 +221,17 @@ def test_tokens_of_an_apr_file() -> None:
     embedding = TensorInfo(EMBEDDING, FORMATS["F32"], (131, 64), Path("x"), 0, 131 * 64 * 4, EMBEDDING)
 
     metadata = {"tokenizer.vocabulary": ["x"] * 140}
-    opened = SimpleNamespace(config=CONFIG, tensors={EMBEDDING: embedding}, metadata=metadata)
+    opened = SimpleNamespace(config=CONFIG, tensors={EMBEDDING: embedding}, metadata=metadata, gaps=())
     (violation,) = gates.judge_config(opened, Geometry.from_config(CONFIG))
     assert (violation.rule, violation.measured) == ("tokens_over_rows", 9.0)
+
+
+@pytest.mark.parametrize(("ids", "run"), [([1], 0), ([9], 1), ([9, 1, 9, 8, 1], 2), ([1, 9, 9, 9], 3), ([], None)])
+def test_padding_in_a_row(ids: list[int], run: int | None) -> None:
+    """One padding token is green, two in a row are red; nothing generated is no pass."""
+    found = gates.judge_generation(ids, {8, 9})
+    assert [v.measured for v in found] == ([] if run in (0, 1) else [run])
+    assert all(str(v).startswith("[F-LAYOUT-CONTRACT-005] generation: ") for v in found)
 
 
 def test_a_head_that_cannot_be_compared(
@@ -227,7 +243,7 @@ def test_a_head_that_cannot_be_compared(
     def unknown(*_: object) -> None:
         raise Unavailable("no bound for F16")
 
-    monkeypatch.setattr(gates.codecs, "step_bound", unknown)
+    monkeypatch.setattr(tied.codecs, "step_bound", unknown)
     (violation,) = admit(save(tensors, config)).violations
     assert (violation.rule, violation.message) == ("element_type", "no bound for F16")
 

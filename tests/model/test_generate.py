@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,21 @@ from hypothesis import strategies as st
 from apr_core.engines.load import load_model
 from apr_core.errors import InferenceError, UsageError
 from apr_core.model import generate as module
-from apr_core.model.generate import Generation, Sampler, decode_step, ends_of, generate, logits, prefill, trace
+from apr_core.model.generate import (
+    Generation,
+    Sampler,
+    decode_step,
+    ends_of,
+    generate,
+    logits,
+    padding_of,
+    prefill,
+    trace,
+)
 from apr_core.model.tokens import PreparedTokens, prepare_tokens
 from apr_core.model.trace import mandatory_names
+
+from .conftest import write_tiny
 
 IDS = [5, 300, 17, 17, 260, 9, 44]
 
@@ -126,6 +139,24 @@ def test_stops_when_the_context_is_full() -> None:
 def test_ends_are_the_union_of_config_and_tokenizer(model: Any) -> None:
     """config.json names 317; generation_config.json names 315 too."""
     assert ends_of(model) == {315, 317}
+
+
+@pytest.mark.parametrize(
+    ("ids", "measured"),
+    [([321, 5, 330], []), ([5, 321, 330, 7], [2.0]), ([330] * 9, [9.0]), ([315, 315, 4], [2.0]), ([], [None])],
+)
+def test_repeated_padding_is_a_violation(tmp_path: Path, ids: list[int], measured: list[float | None]) -> None:
+    """Rows behind the last token and the padding token: one alone is legal, a run is not, and silence is no pass."""
+    folder = write_tiny(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<|endoftext|>"}))
+    model = load_model(folder)
+    assert padding_of(model) == {315, *range(321, 331)}
+    answer = generate(model, prepare_tokens(model, ids=IDS), max_new_tokens=0)
+    answer.ids += ids
+    assert [(v.gate, v.measured) for v in answer.violations] == [("F-LAYOUT-CONTRACT-005", m) for m in measured]
+    scripted: Any = Scripted([2] * 9)
+    assert padding_of(scripted) == frozenset()
 
 
 def test_text_leaves_control_tokens_out(model: Any) -> None:
