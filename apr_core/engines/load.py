@@ -7,15 +7,16 @@ nothing falls back to another precision or device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import get_type_hints
 
 from apr_core.contract.admit import Admission, admit
 from apr_core.contract.types import ValidatedModel
 from apr_core.engines.plain import PlainQwen2
 from apr_core.errors import LoadError, Unavailable, UsageError
 from apr_core.model.tokens import Tokenizer, load_tokenizer
-from apr_core.model.trace import TracedForward
+from apr_core.model.trace import TracedForward, lacking, require_traced
 
 PRECISIONS = ("reference", "exact", "speed")
 DEVICES = ("cpu", "cuda")
@@ -55,7 +56,7 @@ def build(admission: Admission, *, device: str = "cpu", precision: str = "refere
     make = engine_for(precision, device)
     validated = admission.require()
     try:
-        return make(validated, device, tokenizer_of(validated))
+        return require_traced(make(validated, device, tokenizer_of(validated)))
     except MemoryError as error:
         raise LoadError(f"{admission.checkpoint.path} does not fit into memory: {error}", advice="free some") from error
 
@@ -117,10 +118,38 @@ def engine_for(precision: str, device: str) -> Build:
     return ENGINES[precision, device]
 
 
+class Engines(dict[tuple[str, str], Build]):
+    """
+    The registry of engines. A builder that does not promise a `TracedForward` cannot be put into it.
+
+    The promise is the builder's return annotation, which mypy holds against its body; what it builds is looked at once
+    more when it is built.
+    """
+
+    def __init__(self, builders: Mapping[tuple[str, str], Build]) -> None:
+        super().__init__()
+        for key, make in builders.items():
+            self[key] = make
+
+    def __setitem__(self, key: tuple[str, str], make: Build) -> None:
+        """
+        Register a builder.
+
+        Raises:
+            TypeError: It is not annotated to return a `TracedForward`, or a class that lacks a part of it.
+        """
+        promised = get_type_hints(make).get("return")
+        if promised is not TracedForward:
+            missing = ", ".join(lacking(promised)) if isinstance(promised, type) else "an annotation"
+            if missing:
+                raise TypeError(f"the engine for {key} promises {promised}, no TracedForward: it lacks {missing}")
+        super().__setitem__(key, make)
+
+
 def _reference(validated: ValidatedModel, device: str, tokenizer: Tokenizer | None) -> TracedForward:
     from apr_core.model.qwen2 import Qwen2
 
     return Qwen2(validated, device, tokenizer)
 
 
-ENGINES: dict[tuple[str, str], Build] = {("reference", "cpu"): _reference, ("reference", "cuda"): _reference}
+ENGINES = Engines({("reference", "cpu"): _reference, ("reference", "cuda"): _reference})

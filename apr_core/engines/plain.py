@@ -27,8 +27,8 @@ _ROWS = 8192  # rows of a matrix that are in float64 at a time
 class PlainCache:
     """Per layer and key-value head: rotated keys and values, float64 [length, head_dim]."""
 
-    def __init__(self, config: Qwen2Config) -> None:
-        self.length = 0
+    def __init__(self, config: Qwen2Config, start: int = 0) -> None:
+        self.start = self.length = start  # positions before ``start`` are counted and not held
         empty = np.empty((0, config.head_dim))
         grid = [[empty] * config.num_key_value_heads for _ in range(config.num_hidden_layers)]
         self.keys, self.values = grid, [list(row) for row in grid]
@@ -55,9 +55,9 @@ class PlainQwen2:
         self.bypassed = validated.bypassed
         self._tensors = validated.tensors
 
-    def new_cache(self) -> PlainCache:
-        """Return an empty cache."""
-        return PlainCache(self.config)
+    def new_cache(self, start: int = 0) -> PlainCache:
+        """Return an empty cache whose first token stands at position ``start``."""
+        return PlainCache(self.config, start)
 
     def forward(
         self, ids: NDArray[np.int64], cache: PlainCache | None = None, trace: Trace | None = None
@@ -89,6 +89,7 @@ class PlainQwen2:
     def _attend(self, layer: int, x: F64, cache: PlainCache, seen: dict[str, F64]) -> F64:
         """Attention of one layer, one query head and one position at a time."""
         config, start = self.config, cache.length
+        held = start - cache.start
         width, name = config.head_dim, f"model.layers.{layer}.self_attn"
         q, k, v = (self._times(x, f"{name}.{part}_proj") for part in "qkv")
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
@@ -99,18 +100,27 @@ class PlainQwen2:
         seen |= {f"layers.{layer}.q": q, f"layers.{layer}.k": k, f"layers.{layer}.v": v}
         for h in range(heads["k"]):
             mine = slice(h * width, (h + 1) * width)
-            cache.keys[layer][h] = np.vstack([cache.keys[layer][h][:start], k[:, mine]])
-            cache.values[layer][h] = np.vstack([cache.values[layer][h][:start], v[:, mine]])
+            cache.keys[layer][h] = np.vstack([cache.keys[layer][h][:held], k[:, mine]])
+            cache.values[layer][h] = np.vstack([cache.values[layer][h][:held], v[:, mine]])
         mixed = np.empty_like(q)
         for h in range(heads["q"]):
-            shared = h * heads["k"] // heads["q"]  # consecutive query heads share a key-value head
-            keys, values = cache.keys[layer][shared], cache.values[layer][shared]
-            for row in range(x.shape[0]):
-                visible = start + row + 1
-                similarity = keys[:visible] @ q[row, h * width : (h + 1) * width] / np.sqrt(width)
-                share = np.exp(similarity - similarity.max())
-                mixed[row, h * width : (h + 1) * width] = share @ values[:visible] / share.sum()
+            shared, mine = self._shared(h), slice(h * width, (h + 1) * width)
+            mixed[:, mine] = self._mixed(q[:, mine], cache.keys[layer][shared], cache.values[layer][shared])
         seen[f"layers.{layer}.attn_output"] = out = self._times(mixed, f"{name}.o_proj")
+        return out
+
+    def _shared(self, head: int) -> int:
+        """Return the key-value head that a query head reads: consecutive query heads share one."""
+        return head * self.config.num_key_value_heads // self.config.num_attention_heads
+
+    def _mixed(self, q: F64, keys: F64, values: F64) -> F64:
+        """Mix the values of one head; the rows of ``q`` stand at the end of ``keys``, and see what is not behind."""
+        out = np.empty_like(q)
+        for row in range(len(q)):
+            visible = len(keys) - len(q) + row + 1
+            similarity = keys[:visible] @ q[row] / np.sqrt(q.shape[1])
+            share = np.exp(similarity - similarity.max())
+            out[row] = share @ values[:visible] / share.sum()
         return out
 
     def _turned(self, x: F64, start: int) -> F64:

@@ -67,9 +67,9 @@ class Wrapped:
         """The model's own tokenizer."""
         return self._model.tokenizer
 
-    def new_cache(self) -> Cache:
+    def new_cache(self, start: int = 0) -> Cache:
         """Return an empty cache of the wrapped model."""
-        return self._model.new_cache()
+        return self._model.new_cache(start)
 
     def forward(self, ids: NDArray[np.int64], cache: Any = None, trace: Trace | None = None) -> NDArray[np.float32]:
         """Return the logits of a forward whose activations went through the hook; as `TracedForward.forward`."""

@@ -17,7 +17,8 @@ Source: the order and the penalty are those of the Hugging Face logits processor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Literal, Self
 
 import numpy as np
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from apr_core.contract.gates import Violation, judge_generation
 from apr_core.errors import InferenceError, UsageError
 from apr_core.model.tokens import PreparedTokens
-from apr_core.model.trace import Cache, Trace, TracedForward
+from apr_core.model.trace import Cache, Fingerprints, Trace, TracedForward
 
 PREFILL_TOKENS = 512  # positions per forward of a long prompt: bounds logits and attention scores in memory
 
@@ -42,16 +43,56 @@ def logits(model: TracedForward, prepared: PreparedTokens) -> NDArray[np.float32
     return model.forward(_ids_of(prepared))
 
 
-def trace(model: TracedForward, prepared: PreparedTokens) -> Trace:
+def trace(
+    model: TracedForward, prepared: PreparedTokens, *, full: bool = False, positions: Sequence[int] | None = None
+) -> Trace:
     """
-    Return every named activation of one forward over ``prepared``; the last one is its logits.
+    Trace one forward over ``prepared``; the last name is its logits.
+
+    Args:
+        model: Any backend.
+        prepared: The prompt.
+        full: Keep whole activations; without it `Fingerprints`, which are small enough to keep and to send.
+        positions: Keep these only; None for all.
 
     Raises:
         UsageError, InferenceError: As `logits`.
     """
-    recorded = Trace()
+    recorded = Trace(positions) if full else Fingerprints(positions)
     model.forward(_ids_of(prepared), trace=recorded)
     return recorded
+
+
+def follow(
+    model: TracedForward,
+    ids: NDArray[np.int64],
+    prompt: int,
+    *,
+    start: int = 0,
+    full: bool = False,
+    positions: Sequence[int] | None = None,
+) -> Trace:
+    """
+    Trace a teacher-forced run through the cache: ``prompt`` tokens at once, each further one as a cached step.
+
+    Args:
+        model: Any backend.
+        ids: int64 [tokens]; what follows the prompt is fed whatever the model says.
+        prompt: Tokens of the prefill; as many as there are for no step at all.
+        start: Position of the first token: an offset reaches far positions at the cost of near ones.
+        full: As `trace`.
+        positions: As `trace`; they count from 0, the offset included.
+
+    Raises:
+        InferenceError: As `logits`.
+    """
+    kind = Trace if full else Fingerprints
+    cache, parts = model.new_cache(start), []
+    edges = [0, *range(prompt, ids.size + 1)]
+    for first, last in pairwise(edges):
+        parts.append(kind(positions, start + first))
+        model.forward(ids[first:last], cache, parts[-1])
+    return kind.joined(parts)
 
 
 def prefill(model: TracedForward, prepared: PreparedTokens) -> tuple[Cache, NDArray[np.float32]]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -51,28 +53,53 @@ class Sealed(metaclass=_Sealing):
         raise TypeError(f"{type(self).__name__} takes no state dict; {_ADVICE}")
 
 
-CPU = torch.device("cpu")
+class Place:
+    """
+    Where weights live and how their products are summed.
+
+    Args:
+        device: A torch device.
+        dtype: Precision of the weights, and so of the forward.
+        parts: Sum each product in so many pieces, one behind the other: another order of summation on the same
+            numbers, which is how the noise floor of a forward is measured.
+    """
+
+    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32, parts: int = 1) -> None:
+        self.device, self.dtype, self.parts = torch.device(device), dtype, parts
+
+    def put(self, values: NDArray[np.float32]) -> Tensor:
+        """Bring decoded values here."""
+        return torch.from_numpy(values).to(self.device, self.dtype)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x @ weight.T + bias``."""
+        if self.parts == 1:
+            return functional.linear(x, weight, bias)
+        pieces = zip(x.tensor_split(self.parts, -1), weight.tensor_split(self.parts, -1), strict=True)
+        total = sum((functional.linear(a, b) for a, b in pieces), torch.zeros((), device=x.device, dtype=x.dtype))
+        return total if bias is None else total + bias
+
+
+CPU = Place()
 
 
 class Linear(Sealed):
     """``x @ weight.T + bias``; the weight is [out, in]."""
 
-    def __init__(
-        self, weight: ValidatedWeight, bias: ValidatedVector | None = None, device: torch.device = CPU
-    ) -> None:
-        self._weight = _torch(weight, ValidatedWeight, device)
-        self._bias = None if bias is None else _torch(bias, ValidatedVector, device)
+    def __init__(self, weight: ValidatedWeight, bias: ValidatedVector | None = None, place: Place = CPU) -> None:
+        self._place, self._weight = place, _torch(weight, ValidatedWeight, place)
+        self._bias = None if bias is None else _torch(bias, ValidatedVector, place)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
-        return functional.linear(x, self._weight, self._bias)
+        return self._place.product(x, self._weight, self._bias)
 
 
 class Embedding(Sealed):
     """A table of rows, [vocab_size, hidden_size]."""
 
-    def __init__(self, weight: ValidatedEmbedding, device: torch.device = CPU) -> None:
-        self._weight, self._source = _torch(weight, ValidatedEmbedding, device), weight
+    def __init__(self, weight: ValidatedEmbedding, place: Place = CPU) -> None:
+        self._weight, self._source = _torch(weight, ValidatedEmbedding, place), weight
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Map [tokens] to [tokens, hidden_size]."""
@@ -87,61 +114,62 @@ class Head(Sealed):
 
     Args:
         weight: The output matrix.
-        device: Where it lives.
+        place: Where it lives.
         table: The embedding of a tied model, whose memory is then used and not a copy.
     """
 
-    def __init__(self, weight: ValidatedHead, device: torch.device = CPU, table: Embedding | None = None) -> None:
+    def __init__(self, weight: ValidatedHead, place: Place = CPU, table: Embedding | None = None) -> None:
+        self._place = place
         shared = table is not None and isinstance(weight, ValidatedHead) and table._source.raw.info == weight.raw.info
-        self._weight = table._weight if table is not None and shared else _torch(weight, ValidatedHead, device)
+        self._weight = table._weight if table is not None and shared else _torch(weight, ValidatedHead, place)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [..., hidden_size] to [..., vocab_size]."""
-        return functional.linear(x, self._weight)
+        return self._place.product(x, self._weight)
 
 
 class RMSNorm(Sealed):
     """Scale each row to a root mean square of one, then by a learned gain."""
 
-    def __init__(self, weight: ValidatedVector, eps: float, device: torch.device = CPU) -> None:
-        self._weight, self._eps = _torch(weight, ValidatedVector, device), eps
+    def __init__(self, weight: ValidatedVector, eps: float, place: Place = CPU) -> None:
+        self._weight, self._eps = _torch(weight, ValidatedVector, place), eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [..., hidden_size] to the same shape."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps) * self._weight
 
 
-def _torch(tensor: Validated, kind: type[Validated], device: torch.device) -> Tensor:
-    """Decode a validated tensor of one kind to float32 on a device."""
+def _torch(tensor: Validated, kind: type[Validated], place: Place) -> Tensor:
+    """Decode a validated tensor of one kind to its place."""
     if not isinstance(tensor, kind):
         raise TypeError(f"expected a {kind.__name__}, found {type(tensor).__name__}; {_ADVICE}")
-    return torch.from_numpy(tensor.values()).to(device)
+    return place.put(tensor.values())
 
 
 class Weights:
     """
-    Hands out the parts of an admitted model by their Hugging Face names, in float32 on one device.
+    Hands out the parts of an admitted model by their Hugging Face names, in one place.
 
     Cost: decodes each tensor when its part is asked for, 4 bytes per element; a tied head adds nothing.
     """
 
-    def __init__(self, validated: ValidatedModel, device: torch.device) -> None:
-        self._validated, self._device = validated, device
+    def __init__(self, validated: ValidatedModel, place: Place = CPU) -> None:
+        self._validated, self.place = validated, place
 
     def linear(self, name: str) -> Linear:
         """Return the projection ``name``, with its bias when the model has one."""
         model, bias = self._validated, f"{name}.bias"
         offset = model.take(bias, ValidatedVector) if bias in model.tensors else None
-        return Linear(model.take(f"{name}.weight", ValidatedWeight), offset, self._device)
+        return Linear(model.take(f"{name}.weight", ValidatedWeight), offset, self.place)
 
     def embedding(self, name: str) -> Embedding:
         """Return the table ``name``."""
-        return Embedding(self._validated.take(f"{name}.weight", ValidatedEmbedding), self._device)
+        return Embedding(self._validated.take(f"{name}.weight", ValidatedEmbedding), self.place)
 
     def norm(self, name: str, eps: float) -> RMSNorm:
         """Return the norm ``name``."""
-        return RMSNorm(self._validated.take(f"{name}.weight", ValidatedVector), eps, self._device)
+        return RMSNorm(self._validated.take(f"{name}.weight", ValidatedVector), eps, self.place)
 
     def head(self, table: Embedding) -> Head:
         """Return the head; of a tied model it shares the memory of ``table``."""
-        return Head(self._validated.head, self._device, table)
+        return Head(self._validated.head, self.place, table)

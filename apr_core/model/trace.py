@@ -12,12 +12,18 @@ compared. Names are fixed here, so that two backends cannot disagree about what 
     layers.{i}.resid_ffn     residual after the MLP     [tokens, hidden_size]
     final_hidden             after the last RMSNorm     [tokens, hidden_size]
     logits                                              [tokens, vocab_size]
+
+Those are mandatory. A backend may record more under other names; they are compared where both sides have them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +44,17 @@ def mandatory_names(num_hidden_layers: int) -> tuple[str, ...]:
 
 
 class Trace(Mapping[str, NDArray[np.float32]]):
-    """Named activations of one forward in the order in which they arose; float32 [tokens, dim], read-only, owned."""
+    """
+    Named activations of one forward in the order in which they arose; float32 [tokens, dim], read-only, owned.
 
-    def __init__(self) -> None:
+    Args:
+        positions: Keep the rows of these positions only; None keeps all.
+        start: The position of the forward's first token, to which ``positions`` relate.
+    """
+
+    def __init__(self, positions: Sequence[int] | None = None, start: int = 0) -> None:
         self._arrays: dict[str, NDArray[np.float32]] = {}
+        self._positions, self._start = positions, start
 
     def record(self, name: str, values: NDArray[np.floating[Any]]) -> NDArray[np.float32] | None:
         """
@@ -59,10 +72,23 @@ class Trace(Mapping[str, NDArray[np.float32]]):
             raise ValueError(f"the trace holds {name} already; use one Trace per forward")
         if values.ndim != 2:
             raise ValueError(f"expected [tokens, dim] for {name}, found shape {values.shape}")
-        array = np.array(values, dtype=np.float32, order="C")
+        if self._positions is not None:
+            rows = [at - self._start for at in self._positions if 0 <= at - self._start < len(values)]
+            values = values[rows]
+        self._keep(name, np.array(values, dtype=np.float32, order="C"))
+        return None
+
+    def _keep(self, name: str, array: NDArray[np.float32]) -> None:
         array.flags.writeable = False
         self._arrays[name] = array
-        return None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Put traces of consecutive forwards (a prefill and cached steps) behind each other; names of all parts."""
+        whole = cls()
+        for name in dict.fromkeys(name for part in parts for name in part):
+            whole._keep(name, np.concatenate([part[name] for part in parts if name in part]))
+        return whole
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         return self._arrays[name]
@@ -72,6 +98,77 @@ class Trace(Mapping[str, NDArray[np.float32]]):
 
     def __len__(self) -> int:
         return len(self._arrays)
+
+
+SKETCH = 32
+"""Numbers that a fingerprint keeps of a row: enough to tell a distance from a limit, whatever the row's width."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """
+    What is kept of one row of an activation.
+
+    Attributes:
+        rms: Root mean square of the finite values.
+        mean: Of the finite values.
+        max_abs: Largest absolute finite value.
+        nonfinite: Values that are NaN or infinite.
+        digest: First 16 hex digits of the sha256 of the row's float32 bytes: equal digests are equal bits.
+    """
+
+    rms: float
+    mean: float
+    max_abs: float
+    nonfinite: int
+    digest: str
+
+
+class Fingerprints(Trace):
+    """
+    A trace that keeps a compact fingerprint of each row instead of the row; what tracing does unless asked for more.
+
+    As a mapping it gives a sketch, float32 [tokens, ``SKETCH``]: random signs, the same for every trace of that width.
+    Sketches are linear and keep lengths on average, so `rel_l2` between two sketches estimates that between the rows
+    (within a quarter, measured), is zero where the rows are equal and NaN where a value is.
+    """
+
+    def __init__(self, positions: Sequence[int] | None = None, start: int = 0) -> None:
+        super().__init__(positions, start)
+        self.rows: dict[str, tuple[Fingerprint, ...]] = {}
+
+    def _keep(self, name: str, array: NDArray[np.float32]) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            sketch = (array.astype(np.float64) @ _signs(array.shape[1])).astype(np.float32)
+        super()._keep(name, sketch)
+        self.rows[name] = tuple(_fingerprint(row) for row in array)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Put traces of consecutive forwards behind each other."""
+        whole = cls()
+        for name in dict.fromkeys(name for part in parts for name in part):
+            holders = [part for part in parts if name in part]
+            Trace._keep(whole, name, np.concatenate([part[name] for part in holders]))
+            whole.rows[name] = tuple(row for part in holders for row in part.rows[name])
+        return whole
+
+
+def _fingerprint(row: NDArray[np.float32]) -> Fingerprint:
+    finite = row[np.isfinite(row)].astype(np.float64)
+    digest = hashlib.sha256(row.tobytes()).hexdigest()[:16]
+    if not finite.size:
+        return Fingerprint(0.0, 0.0, 0.0, row.size, digest)
+    rms, largest = float(np.sqrt(np.mean(finite**2))), float(np.abs(finite).max())
+    return Fingerprint(rms, float(finite.mean()), largest, row.size - finite.size, digest)
+
+
+@lru_cache(maxsize=16)
+def _signs(width: int) -> NDArray[np.float64]:
+    """Draw the projection [width, SKETCH] of a row so wide, from hash bytes: every machine draws the same."""
+    bits = np.unpackbits(np.frombuffer(hashlib.shake_256(b"apr sketch").digest(width * SKETCH // 8), np.uint8))
+    signs: NDArray[np.float64] = (1.0 - 2.0 * bits).reshape(width, SKETCH) / np.sqrt(SKETCH)
+    return signs
 
 
 class Cache(Protocol):
@@ -106,8 +203,12 @@ class TracedForward(Protocol):
         """The model's own tokenizer, or None when it came without one."""
         ...
 
-    def new_cache(self) -> Cache:
-        """Return an empty cache for this model."""
+    def new_cache(self, start: int = 0) -> Cache:
+        """
+        Return an empty cache for this model, whose first token stands at position ``start``.
+
+        Nothing stands before it: an offset reaches far positions (4000, 30000) without computing what lies between.
+        """
         ...
 
     def forward(self, ids: NDArray[np.int64], cache: Any = None, trace: Trace | None = None) -> NDArray[np.float32]:
@@ -121,3 +222,31 @@ class TracedForward(Protocol):
             InferenceError: An id outside the vocabulary, nothing to compute, or more positions than the model has.
         """
         ...
+
+
+_MEMBERS = ("config", "backend", "device", "tokenizer", "new_cache", "forward")
+_ARGUMENTS = {"new_cache": ("start",), "forward": ("ids", "cache", "trace")}
+
+
+def lacking(kind: type) -> tuple[str, ...]:
+    """Name what a class lacks to be a `TracedForward`; what ``__init__`` sets is looked for in instances."""
+    missing = [name for name in ("new_cache", "forward") if not callable(getattr(kind, name, None))]
+    for name, wanted in _ARGUMENTS.items():
+        if name not in missing:
+            there = inspect.signature(getattr(kind, name)).parameters
+            missing += [f"{name}({argument})" for argument in wanted if argument not in there]
+    return tuple(missing)
+
+
+def require_traced(model: object) -> TracedForward:
+    """
+    Return ``model`` as what it must be: a backend that cannot be traced cannot be judged.
+
+    Raises:
+        TypeError: It lacks a part of the protocol; each is named.
+    """
+    missing = [*lacking(type(model)), *(name for name in _MEMBERS[:4] if not hasattr(model, name))]
+    if missing:
+        raise TypeError(f"{type(model).__name__} is no TracedForward: it lacks {', '.join(missing)}")
+    traced: TracedForward = model  # type: ignore[assignment]
+    return traced

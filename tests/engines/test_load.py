@@ -16,6 +16,7 @@ from apr_core.engines.plain import PlainQwen2
 from apr_core.errors import ContractViolation, FormatError, LoadError, NotFound, Unavailable, UsageError
 from apr_core.model.qwen2 import Qwen2
 from apr_core.model.tokens import prepare_tokens
+from apr_core.model.trace import TracedForward
 from tests.model.conftest import tokenizer_document, write_tiny
 
 
@@ -124,9 +125,37 @@ def test_a_malformed_tokenizer_is_not_a_missing_one(tmp_path: Path) -> None:
 def test_too_little_memory_is_a_load_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit 6 with the file, not a traceback."""
 
-    def full(*_: object) -> Any:
+    def full(*_: object) -> TracedForward:
         raise MemoryError("cannot allocate 9 TiB")
 
     monkeypatch.setitem(module.ENGINES, ("reference", "cpu"), full)
     with pytest.raises(LoadError, match="does not fit into memory"):
         load_model(tiny)
+
+
+def test_a_backend_that_cannot_be_traced_cannot_be_registered(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The promise is read when it is registered, and the product once more when it is built."""
+
+    class Mute:
+        def forward(self, ids: Any) -> Any: ...
+
+    def unsaid(validated: Any, device: str, tokenizer: Any):  # type: ignore[no-untyped-def]
+        return Mute()
+
+    def mute(validated: Any, device: str, tokenizer: Any) -> Mute:
+        return Mute()
+
+    def lying(validated: Any, device: str, tokenizer: Any) -> TracedForward:
+        return Mute()  # type: ignore[return-value]
+
+    mute.__annotations__["return"] = Mute  # a class that only this function knows
+    before = dict(ENGINES)
+    for make in (unsaid, mute):
+        with pytest.raises(TypeError, match="no TracedForward: it lacks"):
+            ENGINES["exact", "cpu"] = make  # type: ignore[assignment]
+    assert dict(ENGINES) == before
+    monkeypatch.setitem(module.ENGINES, ("exact", "cpu"), lying)
+    with pytest.raises(
+        TypeError, match=r"Mute is no TracedForward: it lacks new_cache, forward\(cache\), forward\(trace\)"
+    ):
+        load_model(tiny, precision="exact")

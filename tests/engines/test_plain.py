@@ -13,9 +13,10 @@ from apr_core.contract.admit import admit
 from apr_core.engines import plain as module
 from apr_core.engines.load import load_model, load_plain
 from apr_core.errors import InferenceError
-from apr_core.model.generate import generate, logits
+from apr_core.model.generate import follow, generate, logits
 from apr_core.model.tokens import prepare_tokens
 from apr_core.model.trace import Trace, mandatory_names
+from tests.model.conftest import write_tiny
 
 IDS = np.random.default_rng(4).integers(0, 331, 63)
 
@@ -134,3 +135,18 @@ def test_logits_of_transformers(oracle: Path, name: str) -> None:
     model = load_plain(admit(path))
     found = logits(model, prepare_tokens(model, ids=ids))
     assert max(rel_l2(a, b) for a, b in zip(found, reference, strict=True)) <= 1e-5
+
+
+def test_an_offset_reaches_far_positions_on_both_sides(tmp_path: Path) -> None:
+    """Nothing stands before it; RoPE turns by the far angle, and scores depend on the distance alone."""
+    write_tiny(tmp_path, max_position_embeddings=32768)
+    model, plain = load_model(tmp_path), load_plain(tmp_path)
+    near = follow(model, IDS[:20], 12, full=True)
+    for start in (4000, 30000):
+        ours, theirs = (follow(side, IDS[:20], 12, start=start, full=True) for side in (model, plain))
+        for name in ours:
+            assert rel_l2(ours[name], theirs[name]) < 1e-5, name
+        assert rel_l2(ours["layers.0.k"], near["layers.0.k"]) > 0.1
+        assert rel_l2(ours["logits"], near["logits"]) < 1e-3
+    with pytest.raises(InferenceError, match="32768 positions"):
+        follow(model, IDS[:20], 12, start=32760)

@@ -79,7 +79,7 @@ def test_logits_trace_prefill_and_steps_agree(model: Any) -> None:
     """Four ways to the same numbers."""
     prepared = prepare_tokens(model, ids=IDS)
     whole = logits(model, prepared)
-    recorded = trace(model, prepared)
+    recorded = trace(model, prepared, full=True)
     assert tuple(recorded) == mandatory_names(2)
     assert np.array_equal(recorded["logits"], whole)
     cache, last = prefill(model, prepare_tokens(model, ids=IDS[:-1]))

@@ -12,7 +12,7 @@ import torch
 from apr_core.contract.admit import admit
 from apr_core.contract.types import RepackedHead, ValidatedEmbedding, ValidatedVector, ValidatedWeight
 from apr_core.engines.load import load_model
-from apr_core.model.linear import Embedding, Head, Linear, RMSNorm, Weights
+from apr_core.model.linear import Embedding, Head, Linear, Place, RMSNorm, Weights
 
 
 def test_parts_compute_what_they_say(tiny: Path, untied: Path) -> None:
@@ -36,7 +36,7 @@ def test_parts_compute_what_they_say(tiny: Path, untied: Path) -> None:
 def test_a_tied_head_is_the_same_memory(tiny: Path, untied: Path) -> None:
     """The largest tensor of a small model is held once; an untied head is its own."""
     for folder, same in ((tiny, True), (untied, False)):
-        weights = Weights(admit(folder).require(), torch.device("cpu"))
+        weights = Weights(admit(folder).require())
         table = weights.embedding("model.embed_tokens")
         head = weights.head(table)
         assert (head._weight.data_ptr() == table._weight.data_ptr()) is same
@@ -59,12 +59,12 @@ def test_parts_take_their_own_type_alone(tiny: Path) -> None:
         Linear(weight, weight)
     for name in ("lm_head", "model.embed_tokens", "model.norm"):
         with pytest.raises((TypeError, KeyError)):
-            Weights(model, torch.device("cpu")).linear(name)
+            Weights(model).linear(name)
 
 
 def test_projections_take_their_bias_where_there_is_one(tiny: Path) -> None:
     """q, k and v have one, o has none."""
-    weights = Weights(admit(tiny).require(), torch.device("cpu"))
+    weights = Weights(admit(tiny).require())
     biases = [weights.linear(f"model.layers.1.self_attn.{name}_proj")._bias is not None for name in "qkvo"]
     assert biases == [True, True, True, False]
 
@@ -94,3 +94,15 @@ def test_no_part_takes_other_weights(tiny: Path) -> None:
             del part._weight
         with pytest.raises(TypeError, match="takes no state dict"):
             part.load_state_dict({})
+
+
+def test_another_order_of_summation_and_another_precision(tiny: Path) -> None:
+    """Same product but for rounding; the bias is added once; float64 is closer."""
+    model, x = admit(tiny).require(), torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    name = "model.layers.0.self_attn.k_proj"
+    plain, split = (Weights(model, place).linear(name)(x) for place in (Place(), Place(parts=5)))
+    exact = Weights(model, Place(dtype=torch.float64)).linear(name)(x.double())
+    assert exact.dtype == torch.float64
+    assert not torch.equal(plain, split)
+    for rounded in (plain, split):
+        torch.testing.assert_close(rounded.double(), exact, rtol=1e-5, atol=1e-5)

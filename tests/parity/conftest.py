@@ -25,8 +25,8 @@ class Tampered:
         self.model, self.edit, self.stale, self.lost = model, edit, stale, lost
         self.config, self.device, self.tokenizer = model.config, model.device, model.tokenizer
 
-    def new_cache(self) -> Any:
-        return self.model.new_cache()
+    def new_cache(self, start: int = 0) -> Any:
+        return self.model.new_cache(start)
 
     def forward(self, ids: NDArray[np.int64], cache: Any = None, trace: Trace | None = None) -> NDArray[np.float32]:
         start = cache.length if cache is not None else 0
