@@ -205,6 +205,14 @@ read_i32 = _define(_int, (_address,), lambda b, at: _load(b, at, _I32))
 """Read one int32 at any address."""
 read_f32 = _define(_float, (_address,), lambda b, at: _load(b, at, _F32))
 """Read one float32 at any address."""
+read_u8 = _define(_int, (_address,), lambda b, at: b.zext(_load(b, at, _I8), _I32))
+"""Read one unsigned byte."""
+read_u16 = _define(_int, (_address,), lambda b, at: b.zext(_load(b, at, _I16), _I32))
+"""Read one unsigned 16-bit word at any address."""
+write_u8 = _define(types.void, (_address, _int), lambda b, at, v: _store(b, b.trunc(v, _I8), at, _I8))
+"""Write the low byte."""
+write_u16 = _define(types.void, (_address, _int), lambda b, at, v: _store(b, b.trunc(v, _I16), at, _I16))
+"""Write the low 16 bits at any address."""
 write_i32 = _define(types.void, (_address, _int), lambda b, at, v: _store(b, v, at, _I32))
 """Write one int32 at any address."""
 write_f32 = _define(types.void, (_address, _float), lambda b, at, v: _store(b, v, at, _F32))

@@ -163,6 +163,8 @@ def _memory(at: int, out: int) -> None:
     vec.store_f32(out + 192, vec.load_bf16(at))
     vec.store_i8(out + 256, vec.load_i8(at))
     vec.store_u16(out + 272, vec.load_u16(at))
+    vec.write_u8(out + 312, vec.read_u8(at))
+    vec.write_u16(out + 313, vec.read_u16(at))
     vec.write_i32(out + 304, vec.read_i32(at + 1))
     vec.write_f32(out + 308, vec.read_f32(at + 1))
 
@@ -182,6 +184,7 @@ def test_loads_and_stores_at_any_address() -> None:
     np.testing.assert_array_equal(out[272:304].view(np.uint16), word)
     np.testing.assert_array_equal(out[304:308], raw[2:6])
     np.testing.assert_array_equal(out[308:312], raw[2:6])
+    np.testing.assert_array_equal(out[312:316], [raw[1], raw[1], raw[2], 0])
 
 
 @njit
