@@ -21,8 +21,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from apr_core.kernels.cpu import vec
+from apr_core.kernels.cpu.jit import INLINE, JIT
 from apr_core.kernels.cpu.panels import BLOCK
-from apr_core.kernels.cpu.repack import INLINE, JIT
 
 TILE = 8
 """Tokens that a matrix product treats together."""

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from apr_core.kernels.cpu import vec
-from apr_core.kernels.cpu.repack import INLINE
+from apr_core.kernels.cpu.jit import INLINE
 
 Vector = vec.VectorType
 Chunks = tuple[Vector, Vector, Vector, Vector, Vector, Vector, Vector, Vector]

@@ -2,8 +2,8 @@
 Panels times one vector: the product that a decode step consists of.
 
 Every weight is read once, in one stream; all arithmetic on it hides behind that read. Integer sums are exact within a
-block of 32 columns (16 for Q6_K); between blocks float32 is summed in the order of the columns, so a result has the same
-bits however many threads share the panels.
+block of 32 columns (16 for Q6_K); between blocks float32 is summed in the order of the columns, so a result has the
+same bits however many threads share the panels.
 
     value = sum over blocks of  d * x_scale * sum(code * digits)  -  the part of zero points or minima
 """
@@ -15,7 +15,7 @@ from numba import njit
 
 from apr_core.kernels.cpu import codes, vec
 from apr_core.kernels.cpu.activations import block_bytes, scale_at, sums_at, total_at
-from apr_core.kernels.cpu.repack import INLINE, JIT
+from apr_core.kernels.cpu.jit import INLINE, JIT
 
 _BASE = np.float32(256)
 
@@ -190,7 +190,9 @@ def _f32(mode: vec.Mode, w: int, blocks: int, x: int) -> codes.Vector:
 
 
 @njit(**JIT)
-def matvec(mode: vec.Mode, code: int, w: int, blocks: int, first: int, stop: int, tile: int, values: int, out: int) -> None:
+def matvec(
+    mode: vec.Mode, code: int, w: int, blocks: int, first: int, stop: int, tile: int, values: int, out: int
+) -> None:
     """
     Multiply panels ``first`` to ``stop`` with one vector.
 

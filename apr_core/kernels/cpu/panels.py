@@ -95,11 +95,11 @@ def _chunks(codes: Bytes) -> Bytes:
 
 
 def _nibbles(chunks: Bytes) -> Bytes:
-    return ((chunks[:, :, :4] & 15) | (chunks[:, :, 4:] << 4)).reshape(*chunks.shape[:2], 256)
+    return ((chunks[:, :, :4] & np.uint8(15)) | (chunks[:, :, 4:] << np.uint8(4))).reshape(*chunks.shape[:2], 256)
 
 
 def _fifth_bits(chunks: Bytes) -> Bytes:
-    return np.bitwise_or.reduce(((chunks >> 4) & 1) << np.arange(8, dtype=np.uint8)[:, None], axis=2)
+    return np.bitwise_or.reduce((chunks >> np.uint8(4) & np.uint8(1)) << np.arange(8, dtype=np.uint8)[:, None], axis=2)
 
 
 def _pair_bits(chunks: Bytes) -> Bytes:
@@ -113,7 +113,9 @@ def _joined(*parts: Bytes) -> Bytes:
     return np.concatenate(parts, axis=-1).reshape(-1)
 
 
-def _pack_small(dtype: QuantFormat, codes: Callable[[Bytes], Bytes], rows: Bytes, *parts: Callable[..., Bytes]) -> Bytes:
+def _pack_small(
+    dtype: QuantFormat, codes: Callable[[Bytes], Bytes], rows: Bytes, *parts: Callable[..., Bytes]
+) -> Bytes:
     """Blocks of 32: their float16 scale, and the parts of their codes."""
     blocks = rows.reshape(rows.shape[0], -1, dtype.block_bytes)
     scales = _rows_last(np.ascontiguousarray(blocks[:, :, :2]).view(np.uint16)[:, :, 0])
@@ -125,7 +127,7 @@ def _pack_q8_0(rows: Bytes) -> Bytes:
     def flat(chunks: Bytes) -> Bytes:
         return chunks.reshape(*chunks.shape[:2], 512)
 
-    return _pack_small(FORMATS["Q8_0"], lambda blocks: blocks[:, :, 2:] ^ 0x80, rows, flat)
+    return _pack_small(FORMATS["Q8_0"], lambda blocks: blocks[:, :, 2:] ^ np.uint8(0x80), rows, flat)
 
 
 def _pack_q4_0(rows: Bytes) -> Bytes:
@@ -155,7 +157,7 @@ def _pack_k(dtype: QuantFormat, rows: Bytes) -> Bytes:
     parts: tuple[Callable[[Bytes], Bytes], ...] = (_nibbles,)
     if dtype.name == "Q5_K":
         bits = blocks[:, :, 16:48][:, :, None] >> np.arange(8, dtype=np.uint8)[:, None]
-        codes = codes | (bits & 1) << 4
+        codes = codes | (bits & np.uint8(1)) << np.uint8(4)
         parts = (_nibbles, _fifth_bits)
     chunks = _chunks(codes.reshape(rows.shape[0], -1))
     units = (*_rows_last(scale).shape[:3], -1)
@@ -166,9 +168,12 @@ def _pack_k(dtype: QuantFormat, rows: Bytes) -> Bytes:
 
 def _pack_q6_k(rows: Bytes) -> Bytes:
     blocks = rows.reshape(rows.shape[0], -1, 210)
-    low = blocks[:, :, :128].reshape(*blocks.shape[:2], 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & 15
-    high = blocks[:, :, 128:192].reshape(*blocks.shape[:2], 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
-    codes = low.reshape(*blocks.shape[:2], 256) | high.reshape(*blocks.shape[:2], 256) << 4
+    low = blocks[:, :, :128].reshape(*blocks.shape[:2], 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & np.uint8(15)
+    high = blocks[:, :, 128:192].reshape(*blocks.shape[:2], 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[
+        :, None
+    ] & np.uint8(3)
+    flat = (*blocks.shape[:2], 256)
+    codes: Bytes = low.reshape(flat) | high.reshape(flat) << np.uint8(4)
     chunks = _chunks(codes.reshape(rows.shape[0], -1))
     scales = _rows_last(blocks[:, :, 192:208].reshape(*blocks.shape[:2], 8, 2))  # [n, units, 8, 2, 16]
     units = (*scales.shape[:3], -1)
@@ -209,7 +214,11 @@ def example_bytes(dtype: QuantFormat, rows: int, columns: int, seed: int) -> Byt
         values = random.standard_normal(rows * columns).astype(np.float32)
         if dtype.name == "F16":
             return encode_f16(values)
-        return values.view(np.uint8) if dtype.name == "F32" else (values.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+        return (
+            values.view(np.uint8)
+            if dtype.name == "F32"
+            else (values.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+        )
     data = random.integers(0, 256, dtype.nbytes((rows, columns)), dtype=np.uint8).reshape(-1, dtype.block_bytes)
     halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(dtype.name, (0,))
     for at in halves:

@@ -55,9 +55,7 @@ def multiply(mode: Mode, dtype: QuantFormat, data: Bytes, rows: int, columns: in
     count = -(-rows // ROWS)
     out = np.full(ROWS * count, np.nan, np.float32)  # what the kernel leaves out stays NaN
     code = LAYOUTS[dtype.name].code
-    matvec(
-        mode, code, panels.ctypes.data, blocks, 0, count, tile.ctypes.data, values.ctypes.data, out.ctypes.data
-    )
+    matvec(mode, code, panels.ctypes.data, blocks, 0, count, tile.ctypes.data, values.ctypes.data, out.ctypes.data)
     return out[:rows]
 
 

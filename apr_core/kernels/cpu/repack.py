@@ -7,30 +7,23 @@ Cost: about a gigabyte per second and thread.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from apr_core.dtypes import QuantFormat
 from apr_core.kernels.cpu import vec
-from apr_core.kernels.cpu.panels import BLOCK, LAYOUTS, ROWS
-
-JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
-"""How every kernel is compiled: without the GIL, kept on disk, no check of bounds, no reordering of floats."""
-INLINE: dict[str, Any] = {**JIT, "forceinline": True}
-"""For parts of kernels: copied into each caller, so that its constants fold."""
+from apr_core.kernels.cpu.jit import INLINE, JIT
+from apr_core.kernels.cpu.panels import LAYOUTS
 
 _FLIP = np.int32(-0x7F7F7F80)  # 0x80808080
 _LOW = np.int32(0x0F0F0F0F)
-_HIGH = np.int32(-0x0F0F0F10)  # 0xF0F0F0F0
 _ONES = np.int32(0x01010101)
 _PAIRS = np.int32(0x03030303)
 
 
 @njit(**INLINE)
-def _spread_bits(bits: int, chunk: int) -> int:
+def _spread_bits(bits: np.int32, chunk: int) -> np.int32:
     """Put bits 4c to 4c + 3 of a word into the lowest bits of four bytes."""
     four = (bits >> np.int32(4 * chunk)) & np.int32(15)
     return (four | four << np.int32(7) | four << np.int32(14) | four << np.int32(21)) & _ONES
@@ -89,10 +82,9 @@ def _k_nibbles(run: int, lane: int, upper: bool, out: int) -> None:
     """From a run of 32 bytes, the low or the upper nibbles: columns 0-15 low, 16-31 high."""
     for c in range(4):
         first, second = vec.read_i32(run + 4 * c), vec.read_i32(run + 16 + 4 * c)
-        if upper:
-            word = ((first >> np.int32(4)) & _LOW) | (second & _HIGH)
-        else:
-            word = (first & _LOW) | ((second & _LOW) << np.int32(4))
+        if upper:  # the later half of the columns goes high in either case
+            first, second = first >> np.int32(4), second >> np.int32(4)
+        word = (first & _LOW) | ((second & _LOW) << np.int32(4))
         vec.write_i32(out + 64 * c + 4 * lane, word)
 
 
@@ -159,7 +151,9 @@ def _four_bytes(row: int, lane: int, columns: int, out: int) -> None:
 
 
 @njit(**JIT)
-def _pack_rows(code: int, source: int, row_bytes: int, rows: int, nothing: int, steps: int, out: int, panel: int) -> None:
+def _pack_rows(
+    code: int, source: int, row_bytes: int, rows: int, nothing: int, steps: int, out: int, panel: int
+) -> None:
     """``nothing`` is a row of zeros; ``steps`` are units of a row, or columns of a float type; ``panel`` its bytes."""
     for row in range((rows + 15) // 16 * 16):
         at, lane, to = source + row * row_bytes, row % 16, out + row // 16 * panel
@@ -219,6 +213,3 @@ def repack(
         units * layout.unit_bytes,
     )
     return panels
-
-
-__all__ = ["BLOCK", "INLINE", "JIT", "ROWS", "repack"]
