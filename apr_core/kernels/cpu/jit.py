@@ -2,7 +2,7 @@
 How kernels are compiled, and where the result is kept.
 
 numba keeps compiled functions on disk and looks at the time stamp of their own file alone: after a change to a part
-that is copied in from another file it would run the old code. Hence a folder whose name is a digest of all kernel sources.
+that is copied in from another file it would run the old code. Hence a folder named by a digest of all kernel sources.
 """
 
 from __future__ import annotations
