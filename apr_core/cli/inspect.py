@@ -9,7 +9,7 @@ from typing import Any
 from apr_core.cli.output import show, show_table
 from apr_core.engines.subject import resolve_model
 from apr_core.errors import AprError, FormatError
-from apr_core.formats.apr_v1 import describe_apr_v1
+from apr_core.formats.apr_unrunnable import describe_unrunnable
 from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
 from apr_core.formats.codecs import decoder_name
 from apr_core.report.text import nbytes
@@ -38,7 +38,7 @@ def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
         checkpoint = open_checkpoint(path)
     except FormatError as error:
         try:
-            first = describe_apr_v1(path)
+            first = describe_unrunnable(path)
         except AprError:
             raise error from None  # not version 1 either: the diagnosis of the reader stands
         return {"path": str(path), **first, "cannot_run": error.message}

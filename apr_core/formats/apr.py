@@ -12,17 +12,19 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from apr_core.dtypes import BY_APR, FORMATS, QuantFormat
-from apr_core.errors import FormatError, UsageError
+from apr_core.errors import FormatError, NotFound, UsageError
 from apr_core.formats import names
-from apr_core.formats.apr_v1 import describe_apr_v1 as describe_apr_v1
-from apr_core.formats.apr_v1 import refuse_v1
-from apr_core.formats.checkpoint import Contents, MappedFile, TensorInfo, TensorSource
+from apr_core.formats.apr_packed import LZ4, ZSTD, unpack
+from apr_core.formats.apr_unrunnable import refuse_v1
+from apr_core.formats.checkpoint import Contents, Gap, MappedFile, TensorInfo, TensorSource, map_file
+from apr_core.formats.shards import MAX_PARTS, require_once, safe_shard, sibling_paths
 from apr_core.formats.sink import refuse_type, replacing, require_unique
 from apr_core.formats.spans import align_up, find_gaps, require_extent
 from apr_core.formats.strict_json import parse_object
@@ -33,10 +35,36 @@ FOOTER_BYTES = 4
 MAX_METADATA_BYTES = 16 << 20
 MAX_NAME_BYTES = 256
 MAX_DIMS = 8
-ROW_MAJOR, COLUMN_MAJOR = 0x0400, 0x0800
+SHARDED, ROW_MAJOR, COLUMN_MAJOR = 0x0010, 0x0400, 0x0800
 _MAGICS = (b"APR\0", b"APR2")
 _HEADER = struct.Struct("<4sBBHIQIQQ")  # 40 bytes, up to the checksum
-_NOT_YET = {0x0001: "LZ4 compression", 0x0002: "Zstandard compression", 0x0004: "encryption"}
+_FLAGS = {
+    LZ4: "lz4_compressed",
+    ZSTD: "zstd_compressed",
+    0x0004: "encrypted",
+    0x0008: "signed",
+    SHARDED: "sharded",
+    0x0020: "quantized",
+    0x0040: "has_filterbank",
+    0x0080: "has_model_card",
+    0x0100: "streaming",
+    0x0200: "has_vocab",
+    ROW_MAJOR: "layout_row_major",
+    COLUMN_MAJOR: "layout_column_major",
+}
+_REFUSED = {
+    COLUMN_MAJOR: (
+        "row-major tensors",
+        "the column-major flag (LAYOUT-002)",
+        "export it again with a current writer",
+    ),
+    0x0004: ("plain tensor bytes", "an encrypted file (AES-256-GCM)", "decrypt it with the tool that encrypted it"),
+    0x0008: (
+        "a file without a signature",
+        "the signed flag (Ed25519): the signature cannot be checked here",
+        "check it with the tool that signed it, and export it without",
+    ),
+}
 _SMALLEST_ENTRY = 20
 _FRESH = "get a fresh copy of the file"
 # Old ids, read by size: the reader that wrote 8 for its own Q4 and the one that means GGML's Q8_0 share it.
@@ -74,15 +102,106 @@ class _Header:
 
 def read_apr(file: MappedFile, *, verify_footer: bool = True) -> Contents:
     """
-    Read an APR v2 file.
+    Read an APR v2 file, plain or compressed; of a sharded one, all shards, whichever is given.
 
     Args:
         file: The mapped file.
         verify_footer: Check the CRC-32 of the whole file (one pass over all bytes, about 1 GB/s).
 
     Raises:
-        FormatError: Any deviation, by name; version 1, column-major, compressed and encrypted files.
+        FormatError: Any deviation, by name; version 1, column-major, encrypted and signed files; shards that are
+            missing or do not belong together.
+        Unavailable: The file is compressed, and the package that unpacks it is not installed.
     """
+    part = _read_part(file, verify_footer=verify_footer)
+    sharding = _read_sharding(part)
+    if sharding is None:
+        return _contents([part], part.tensors)
+    paths = sibling_paths(file.path, sharding.index + 1, sharding.count, "put the shards side by side, as they came")
+    parts = [
+        part if n == sharding.index else _read_part(map_file(path), verify_footer=verify_footer)
+        for n, path in enumerate(paths)
+    ]
+    return _join(parts, sharding.count)
+
+
+def read_manifest(file: MappedFile, manifest: Mapping[str, object], *, verify_footer: bool = True) -> Contents:
+    """
+    Read the shards that a manifest names; manifest and shards must list exactly the same tensors.
+
+    Args:
+        file: The manifest, for messages and to find the shards beside it.
+        manifest: Its content.
+        verify_footer: As `read_apr`.
+
+    Raises:
+        FormatError: A shard is missing or lies outside the folder, or manifest and shards disagree.
+    """
+    rows = manifest.get("shards")
+    listed = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
+    if not listed or manifest.get("shard_count") != len(listed):
+        stated = manifest.get("shard_count")
+        raise _wrong(file, "shard_count and as many shards", f"shard_count {stated!r:.20}, {len(listed)} shards", 0)
+    by_index = {number: row for row in listed if type(number := row.get("index")) is int}
+    if set(by_index) != set(range(len(listed))):
+        raise _wrong(file, f"shards of index 0 to {len(listed) - 1}", f"{sorted(by_index)!r:.60}", 0)
+    parts = []
+    for number, row in sorted(by_index.items()):
+        name = safe_shard(row.get("filename"), f"shard {number}", file.path)
+        try:
+            part = _read_part(map_file(file.path.parent / name), verify_footer=verify_footer)
+        except NotFound as error:
+            raise _wrong(file, f"shard {number + 1} of {len(listed)}, {name:.120}", "no such file", 0) from error
+        parts.append(part)
+    placed = {info.stored_name: number for number, part in enumerate(parts) for info in part.tensors}
+    contents = _join(parts, len(parts))
+    found = manifest.get("weight_map")
+    if found != placed or manifest.get("tensor_count", len(placed)) != len(placed):
+        listing = found if isinstance(found, dict) else {}
+        other = sorted(name for name in {*placed, *listing} if placed.get(name) != listing.get(name))
+        raise _wrong(
+            file,
+            f"a weight_map that places each of {len(placed)} tensors where it is",
+            f"another, of {len(listing)} ({', '.join(other[:3])})",
+            0,
+        )
+    return contents
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One APR file, read; ``file`` is unpacked when it was compressed."""
+
+    file: MappedFile
+    header: _Header
+    metadata: dict[str, object]
+    tensors: list[TensorInfo]
+    gaps: tuple[Gap, ...]
+
+
+@dataclass(frozen=True)
+class _Sharding:
+    """Which shard of how many a file says it is; ``index`` counts from 0."""
+
+    index: int
+    count: int
+
+
+def _contents(parts: Sequence[_Part], tensors: Sequence[TensorInfo]) -> Contents:
+    header, metadata = parts[0].header, parts[0].metadata
+    config = names.config_from_apr(metadata, [info.name for info in tensors])
+    facts = {
+        "version": f"{header.major}.{header.minor}",
+        "flags": [name for bit, name in _FLAGS.items() if header.flags & bit],
+        "compressed": parts[0].file.stored is not None,
+        "parts": len(parts),
+    }
+    gaps = tuple(gap for part in parts for gap in part.gaps)
+    return Contents(tuple(part.file for part in parts), tensors, metadata, config, gaps, facts)
+
+
+def _read_part(file: MappedFile, *, verify_footer: bool) -> _Part:
+    """Read one file, sharded or not."""
     magic = bytes(file.view[:4])
     if magic in (b"APRN", b"APR1"):
         raise refuse_v1(file)
@@ -90,6 +209,7 @@ def read_apr(file: MappedFile, *, verify_footer: bool = True) -> Contents:
         raise _wrong(file, "the magic 'APR' and a zero byte", f"{magic!r}", 0)
     header = _Header(file)
     _require_readable(file, header)
+    file = unpack(file, header.flags, HEADER_BYTES, header.metadata_bytes)
     _require_sections(file, header)
     metadata = _read_metadata(file, header)
     tensors = sorted(_read_index(file, header), key=lambda info: (info.offset, info.nbytes, info.stored_name))
@@ -97,8 +217,46 @@ def read_apr(file: MappedFile, *, verify_footer: bool = True) -> Contents:
     stop = file.size - FOOTER_BYTES
     _require_footer(file, header, tensors, verify=verify_footer)
     gaps = find_gaps(tensors, file=file.path, start=header.data_at, stop=stop, alignment=ALIGNMENT)
-    config = names.config_from_apr(metadata, [info.name for info in tensors])
-    return Contents((file,), tensors, metadata, config, gaps)
+    return _Part(file, header, metadata, tensors, gaps)
+
+
+def _read_sharding(part: _Part) -> _Sharding | None:
+    """Read which shard a file is; None for a whole model."""
+    said = part.metadata.get("sharding")
+    flagged = bool(part.header.flags & SHARDED)
+    if said is None and not flagged:
+        return None
+    found = [said.get(key) if isinstance(said, dict) else None for key in ("shard_index", "shard_count")]
+    index, count = (value if type(value) is int else -1 for value in found)
+    if not flagged or not 0 <= index < count <= MAX_PARTS:
+        raise _wrong(
+            part.file,
+            "the sharded flag, and sharding with shard_index below shard_count in the metadata",
+            f"flag {'set' if flagged else 'not set'}, sharding {said!r:.80}",
+            6,
+        )
+    return None if count == 1 else _Sharding(index, count)
+
+
+def _join(parts: Sequence[_Part], count: int) -> Contents:
+    """Put shards together that agree about what they are."""
+    first = names.config_from_apr(parts[0].metadata, ())
+    for number, part in enumerate(parts):
+        sharding = _read_sharding(part) or _Sharding(0, 1)
+        if sharding != _Sharding(number, count):
+            raise _wrong(
+                part.file, f"shard {number + 1} of {count}", f"shard {sharding.index + 1} of {sharding.count}", 6
+            )
+        config = names.config_from_apr(part.metadata, ())
+        if config is not None and config != first:
+            keys = sorted(key for key in {*config, *(first or {})} if config.get(key) != (first or {}).get(key))
+            raise _wrong(
+                part.file,
+                f"the configuration of {parts[0].file.path.name}",
+                f"another {', '.join(keys[:3])}: a shard of another model",
+                HEADER_BYTES,
+            )
+    return _contents(parts, require_once([part.tensors for part in parts], "get all shards from one source"))
 
 
 def _wrong(file: MappedFile, expected: str, found: str, at: int, tensor: str | None = None) -> FormatError:
@@ -107,23 +265,12 @@ def _wrong(file: MappedFile, expected: str, found: str, at: int, tensor: str | N
 
 def _require_readable(file: MappedFile, header: _Header) -> None:
     """Refuse what the flags announce and we cannot read."""
-    if header.flags & COLUMN_MAJOR:
-        raise FormatError(
-            expected="row-major tensors",
-            found="the column-major flag (LAYOUT-002)",
-            file=file.path,
-            at=6,
-            advice="export it again with a current writer",
-        )
-    for bit, what in _NOT_YET.items():
+    for bit, (expected, found, advice) in _REFUSED.items():
         if header.flags & bit:
-            raise FormatError(
-                expected="plain tensor bytes",
-                found=f"{what}, which is not read yet",
-                file=file.path,
-                at=6,
-                advice="write it again without",
-            )
+            raise FormatError(expected=expected, found=found, file=file.path, at=6, advice=advice)
+    unknown = header.flags & ~sum(_FLAGS)
+    if unknown:
+        raise _wrong(file, "known flags", f"bits {unknown:#06x}, which nobody has defined", 6)
 
 
 def _require_sections(file: MappedFile, header: _Header) -> None:
@@ -160,10 +307,10 @@ def _read_index(file: MappedFile, header: _Header) -> list[TensorInfo]:
     if block[:1] == b"[":
         raise FormatError(
             expected="a binary tensor index",
-            found="a JSON index (the JSON-APR of an old conversion path: all weights as one JSON text)",
+            found="a JSON index (JSON-APR: all weights as one JSON text, of an old conversion path): it cannot be run",
             file=file.path,
             at=header.index_at,
-            advice="convert the original model again",
+            advice="convert the original model again; `apr inspect` describes this one",
         )
     tensors: list[TensorInfo] = []
     at, previous = 0, b""

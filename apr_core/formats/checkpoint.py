@@ -28,6 +28,7 @@ from apr_core.dtypes import QuantFormat
 from apr_core.errors import AprError, FormatError, NotFound, ReadWriteError, UsageError
 
 MAX_COMPANION_BYTES = 256 << 20
+MAX_INDEX_BYTES = 100_000_000
 SPARSE_FROM = 1 << 30  # bytes; below, zeros are read faster than they are explained
 _MAX_EXTENTS = 4096
 _HASH_CHUNK = 1 << 24
@@ -96,10 +97,15 @@ class Gap:
 
 @dataclass(frozen=True, eq=False)
 class MappedFile:
-    """A regular file of at least one byte, mapped copy-on-write: no write through it can reach the disk."""
+    """
+    A regular file of at least one byte, mapped copy-on-write: no write through it can reach the disk.
+
+    ``stored`` is set where ``view`` is not what lies on the disk but was unpacked from it; offsets are in ``view``.
+    """
 
     path: Path
     view: memoryview
+    stored: memoryview | None = None
 
     @property
     def size(self) -> int:
@@ -116,6 +122,7 @@ class Contents:
     metadata: Mapping[str, object]
     config: Mapping[str, object] | None
     gaps: tuple[Gap, ...] = field(default=())
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -131,6 +138,7 @@ class Checkpoint:
         config: Hugging Face configuration values, or None when the file has none.
         folder: Where companions (tokenizer.json and so on) are looked for: beside the link, not beside the blob.
         gaps: Bytes that no tensor explains.
+        facts: What the container says about itself, for a report: version, flags, compression, parts.
     """
 
     def __init__(self, path: Path, container: str, contents: Contents) -> None:
@@ -142,7 +150,9 @@ class Checkpoint:
         self.metadata = contents.metadata
         self.config = contents.config
         self.gaps = contents.gaps
+        self.facts = contents.facts
         self._maps = {file.path: file.view for file in contents.files}
+        self._stored = [file.view if file.stored is None else file.stored for file in contents.files]
         self._closed = False
 
     def raw(self, name: str) -> RawTensor:
@@ -167,14 +177,14 @@ class Checkpoint:
         """The sha256 of the weight files in order, as hex. Cost: one pass over all bytes, then cached."""
         self._require_open()
         digest = hashlib.sha256()
-        for view in self._maps.values():
+        for view in self._stored:
             for start in range(0, view.nbytes, _HASH_CHUNK):
                 digest.update(view[start : start + _HASH_CHUNK])
         return digest.hexdigest()
 
     def close(self) -> None:
         """Let go of the mappings; they vanish when the last array that was handed out does."""
-        self._maps = {}
+        self._maps, self._stored = {}, []
         self._closed = True
 
     def _require_open(self) -> None:
@@ -335,11 +345,14 @@ def open_checkpoint(path: str | Path, *, verify_footer: bool = True) -> Checkpoi
         UsageError: The folder holds several models.
         FormatError: The file is not a model, or is malformed; the message names what it is instead.
         ReadWriteError: The operating system refuses.
+        Unavailable: An APR file is compressed, and the package that unpacks it is not installed.
 
-    Cost: reads the header alone; an APR file is read once from end to end because its checksum covers every byte.
+    Cost: reads the header alone; an APR file is read once from end to end because its checksum covers every byte, and
+    a compressed one is unpacked into memory.
     """
     from apr_core.formats import apr, gguf, safetensors
     from apr_core.formats.sniff import sniff
+    from apr_core.formats.strict_json import parse_object
 
     target = _only_model(Path(path))
     file = map_file(target)
@@ -348,9 +361,13 @@ def open_checkpoint(path: str | Path, *, verify_footer: bool = True) -> Checkpoi
         contents = gguf.read_gguf(file)
         return Checkpoint(contents.files[0].path, container, contents)
     if container == "apr":
-        return Checkpoint(target, container, apr.read_apr(file, verify_footer=verify_footer))
+        contents = apr.read_apr(file, verify_footer=verify_footer)
+        return Checkpoint(contents.files[0].path, container, contents)
     if container == "index":
-        return Checkpoint(target, "safetensors", safetensors.read_index(file))
+        index = parse_object(bytes(file.view[:MAX_INDEX_BYTES]), file=file.path, what="shard index", at=0)
+        if "shards" in index:
+            return Checkpoint(target, "apr", apr.read_manifest(file, index, verify_footer=verify_footer))
+        return Checkpoint(target, "safetensors", safetensors.read_index(file, index))
     return Checkpoint(target, container, safetensors.read_safetensors(file))
 
 

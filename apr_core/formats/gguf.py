@@ -168,6 +168,8 @@ class _Part:
     metadata: GgufMetadata
     tensors: list[TensorInfo]
     gaps: tuple[Gap, ...]
+    version: int
+    alignment: int
 
 
 @dataclass(frozen=True)
@@ -182,15 +184,15 @@ class _Split:
 def _contents(parts: Sequence[_Part], tensors: Sequence[TensorInfo]) -> Contents:
     metadata = parts[0].metadata
     config = names.config_from_gguf(metadata, tensors)
-    return Contents(
-        tuple(part.file for part in parts), tensors, metadata, config, tuple(gap for part in parts for gap in part.gaps)
-    )
+    gaps = tuple(gap for part in parts for gap in part.gaps)
+    facts = {"version": parts[0].version, "alignment": parts[0].alignment, "parts": len(parts)}
+    return Contents(tuple(part.file for part in parts), tensors, metadata, config, gaps, facts)
 
 
 def _read_part(file: MappedFile) -> _Part:
     """Read one file, split or not."""
     cursor = _Cursor(file, 4)
-    _read_version(cursor)
+    version = _read_version(cursor)
     n_tensors = cursor.count("tensor count", _SMALLEST_TENSOR)
     n_pairs = cursor.count("key-value count", _SMALLEST_PAIR)
     pairs = _read_pairs(cursor, n_pairs)
@@ -201,7 +203,7 @@ def _read_part(file: MappedFile) -> _Part:
     _require_order(cursor, tensors)
     require_extent(tensors, file=file.path, stop=file.size)
     gaps = find_gaps(tensors, file=file.path, start=start, stop=file.size, alignment=alignment)
-    return _Part(file, GgufMetadata(file, pairs), tensors, gaps)
+    return _Part(file, GgufMetadata(file, pairs), tensors, gaps, version, alignment)
 
 
 def _read_split(part: _Part) -> _Split | None:
@@ -283,11 +285,11 @@ def _require_sibling(first: _Part, part: _Part, expected: _Split) -> None:
             )
 
 
-def _read_version(cursor: _Cursor) -> None:
+def _read_version(cursor: _Cursor) -> int:
     at = cursor.at
     version = cursor.u32("version")
     if version in (2, 3):
-        return
+        return version
     found = f"version {version}"
     if version & 0xFFFF == 0 and version:
         found = "a big-endian file"

@@ -57,15 +57,17 @@ def read_safetensors(file: MappedFile) -> Contents:
     return Contents((file,), tensors, metadata, _read_config(file.path.parent))
 
 
-def read_index(file: MappedFile) -> Contents:
+def read_index(file: MappedFile, index: Mapping[str, object]) -> Contents:
     """
     Read all shards that an index names; index and headers must list exactly the same tensors in the same shards.
+
+    Args:
+        file: The index, for messages and to find the shards beside it.
+        index: Its content.
 
     Raises:
         FormatError: A shard is missing or lies outside the folder, or index and headers disagree.
     """
-    raw = bytes(file.view[:MAX_SAFETENSORS_HEADER])
-    index = parse_object(raw, file=file.path, what="shard index", at=0)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(
@@ -85,7 +87,7 @@ def read_index(file: MappedFile) -> Contents:
     notes_of_index = index.get("metadata")
     if isinstance(notes_of_index, dict):
         metadata.update(notes_of_index)
-    return Contents(tuple(files), tensors, metadata, _read_config(file.path.parent))
+    return Contents(tuple(files), tensors, metadata, _read_config(file.path.parent), facts={"parts": len(files)})
 
 
 def _map_shard(index: Path, shard: str, which: str) -> MappedFile:

@@ -8,6 +8,9 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import lz4.block
+import zstandard
+
 
 class Attack(NamedTuple):
     """A hostile file, and words that its refusal must contain."""
@@ -98,6 +101,26 @@ def apr(
     body = head + struct.pack("<I", checksum) + bytes(20)
     body += metadata.ljust(index_at - 64, b"\0") + index.ljust(data_at - index_at, b"\0") + data
     return body + struct.pack("<I", zlib.crc32(body) ^ break_footer)
+
+
+def apr_packed(image: bytes, flags: int, blob: bytes | None = None, *, footer: bytes | None = None) -> bytes:
+    """
+    Compress an APR file with LZ4 (flags 0x0401) or Zstandard (0x0402), checksums made right again.
+
+    Args:
+        image: The file as it would be without compression, with its footer unless one is given.
+        flags: Flags to set.
+        blob: What stands in place of the compressed bytes.
+        footer: Footer to put behind ``image`` in place of the right one.
+    """
+    head = bytearray(image[:64].ljust(64, b"\0") if image else apr([apr_entry("a", 7, (1,), 0, 1)], bytes(64))[:64])
+    head[6:8] = flags.to_bytes(2, "little")
+    head[40:44] = zlib.crc32(head[:40] + head[44:]).to_bytes(4, "little")
+    if blob is None:
+        body = bytes(head) + image[64 : len(image) if footer else -4]
+        body += struct.pack("<I", zlib.crc32(body)) if footer is None else footer
+        blob = lz4.block.compress(body[64:]) if flags & 1 else zstandard.compress(body[64:])
+    return bytes(head) + blob
 
 
 VALID_SAFETENSORS = safetensors({"a": entry(), "b": entry("F16", [2, 1], [8, 12])}, struct.pack("<2f2e", 1, -2, 3, -4))

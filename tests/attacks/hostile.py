@@ -7,6 +7,9 @@ import pickle
 import struct
 import zipfile
 
+import lz4.block
+import zstandard
+
 from tests.attacks.build import (
     VALID_APR,
     VALID_GGUF,
@@ -14,6 +17,7 @@ from tests.attacks.build import (
     Attack,
     apr,
     apr_entry,
+    apr_packed,
     entry,
     gguf,
     pair,
@@ -199,6 +203,15 @@ GGUF = [
 ]
 
 _A = [apr_entry("a", 0, (2,), 0, 8)]
+SHARD = b'{"sharding": {"shard_index": %d, "shard_count": %d}}'
+# 600 runs of 128 KiB of one byte: 79 MB out of 2,4 kB, a legal frame.
+ZSTD_BOMB = struct.pack("<IBB", 0xFD2FB528, 0, 0x38) + b"".join(
+    ((1 << 17) << 3 | 1 << 1 | (n == 599)).to_bytes(3, "little") + b"\0" for n in range(600)
+)
+ZSTD_WINDOW = struct.pack("<IBB", 0xFD2FB528, 0, 0xA8) + b"\1\0\0"  # asks for a window of 2 GiB
+ZSTD_SIZE = struct.pack("<IBBQ", 0xFD2FB528, 0xC0, 0x38, 2**62) + b"\1\0\0"
+LZ4_BOMB = struct.pack("<I", 2**31) + b"\x1f\0\1\0" + b"\xff" * 300 + b"\0\x50abcde"
+PACKED = {"lz4": apr_packed(VALID_APR, 0x0401), "zstd": apr_packed(VALID_APR, 0x0402)}
 _DATA = DATA.ljust(64, b"\0")
 
 
@@ -217,10 +230,34 @@ APR = [
     Attack("header-crc", apr(_A, _DATA, break_header=True), "header was altered"),
     Attack("footer-crc", apr(_A, _DATA, break_footer=True), "footer checksum"),
     Attack("column-major", apr(_A, _DATA, flags=0x0C00), "LAYOUT-002"),
-    Attack("lz4", apr(_A, _DATA, flags=0x0401), "LZ4 compression, which is not read yet"),
-    Attack("zstd", apr(_A, _DATA, flags=0x0402), "Zstandard"),
-    Attack("encrypted", apr(_A, _DATA, flags=0x0404), "encryption"),
+    Attack("encrypted", apr(_A, _DATA, flags=0x0404), "encrypted"),
+    Attack("signed", apr(_A, _DATA, flags=0x0408), "signed flag"),
+    Attack("flag-unknown", apr(_A, _DATA, flags=0x8400), "bits 0x8000"),
     Attack("json-apr", apr([b'[{"name":"weights"}]'], _DATA, count=1), "JSON-APR"),
+    Attack("both-compressions", apr(_A, _DATA, flags=0x0403), "the flags of LZ4 and of Zstandard"),
+    Attack("zstd-plain", apr(_A, _DATA, flags=0x0402), "a Zstandard frame, found damaged data"),
+    Attack("zstd-bomb", apr_packed(b"", 0x0402, ZSTD_BOMB), "expands beyond all measure"),
+    Attack("zstd-window", apr_packed(b"", 0x0402, ZSTD_WINDOW), "too much memory"),
+    Attack("zstd-size-lies", apr_packed(b"", 0x0402, ZSTD_SIZE), "damaged data|truncated|missing"),
+    Attack("zstd-cut", PACKED["zstd"][:-9], "the end of the file: it is truncated"),
+    Attack("zstd-tail", PACKED["zstd"] + b"tail", "4 bytes behind it"),
+    Attack("zstd-two-frames", PACKED["zstd"] + zstandard.compress(b"x"), "bytes behind it"),
+    Attack("zstd-not", apr_packed(VALID_APR, 0x0402, b"no frame at all"), "damaged data"),
+    Attack("lz4-bomb", apr_packed(b"", 0x0401, LZ4_BOMB), "expands at most 255-fold"),
+    Attack("lz4-size-huge", apr_packed(b"", 0x0401, b"\xff" * 4 + bytes(40)), "4294967295 bytes of 40"),
+    Attack("lz4-size-less", apr_packed(b"", 0x0401, b"\1\0\0\0" + lz4.block.compress(VALID_APR)[4:]), "an LZ4 block"),
+    Attack("lz4-size-more", PACKED["lz4"][:64] + b"\xf0\3\0\0" + PACKED["lz4"][68:], "an LZ4 block of 1008 bytes"),
+    Attack("lz4-damaged", PACKED["lz4"][:72] + b"\xff" * 12 + PACKED["lz4"][84:], "an LZ4 block|not UTF-8"),
+    Attack("lz4-stump", apr_packed(b"", 0x0401, b"\1\0"), "an LZ4 block"),
+    Attack("packed-truncated", apr_packed(VALID_APR[:-80], 0x0402), "bytes are missing"),
+    Attack("packed-footer", apr_packed(VALID_APR[:-4], 0x0402, footer=b"\1\2\3\4"), "footer checksum"),
+    Attack("sharded-without-words", apr(_A, _DATA, flags=0x0410), "flag set, sharding None"),
+    Attack("sharded-without-flag", apr(_A, _DATA, metadata=SHARD % (0, 2)), "flag not set"),
+    Attack("shard-of-none", apr(_A, _DATA, flags=0x0410, metadata=SHARD % (0, 0)), "shard_index below shard_count"),
+    Attack("shard-behind", apr(_A, _DATA, flags=0x0410, metadata=SHARD % (2, 2)), "shard_index below shard_count"),
+    Attack("shard-2^63", apr(_A, _DATA, flags=0x0410, metadata=SHARD % (0, 2**63)), "shard_index below shard_count"),
+    Attack("shard-alone", apr(_A, _DATA, flags=0x0410, metadata=SHARD % (0, 99999)), "-00001-of-99999"),
+    Attack("sharding-list", apr(_A, _DATA, flags=0x0410, metadata=b'{"sharding": [1, 2]}'), "sharding .1, 2."),
     Attack("metadata-not-json", apr(_A, _DATA, metadata=b"{"), "JSON error"),
     Attack("metadata-list", apr(_A, _DATA, metadata=b"[]"), "JSON list"),
     Attack("metadata-nan", apr(_A, _DATA, metadata=b'{"a": NaN}'), "NaN"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from apr_core.errors import FormatError
-from apr_core.formats.apr import describe_apr_v1
+from apr_core.formats.apr_unrunnable import describe_unrunnable
 from apr_core.formats.checkpoint import open_checkpoint
+from tests.attacks.build import VALID_APR, apr
 
 
 def build(metadata: bytes, payload: bytes = b"p", kind: int = 0x20, flags: int = 0, crc: int = 0) -> bytes:
@@ -24,7 +26,7 @@ def build(metadata: bytes, payload: bytes = b"p", kind: int = 0x20, flags: int =
 
 def test_real_file_is_described(oracle: Path) -> None:
     """The file of aprender: type, sizes, metadata, checksum."""
-    found = describe_apr_v1(oracle / "apr" / "mnist_784x2.apr")
+    found = describe_unrunnable(oracle / "apr" / "mnist_784x2.apr")
     assert found == {
         "format": "apr-v1",
         "version": "1.0",
@@ -81,7 +83,7 @@ VALUES = [
 def test_messagepack(packed: bytes, expected: object, tmp_path: Path) -> None:
     """Each MessagePack form that metadata may hold, from the public specification."""
     (tmp_path / "f").write_bytes(build(b"\x81\xa1k" + packed, flags=0b100001))
-    found = describe_apr_v1(tmp_path / "f")
+    found = describe_unrunnable(tmp_path / "f")
     assert found["metadata"] == {"k": expected}
     assert (found["model_type"], found["compression"], found["quality_score"]) == ("NeuralSequential", "lz4", 77)
     assert found["flags"] == ["encrypted", "quantized"]
@@ -102,19 +104,48 @@ def test_hostile_metadata(metadata: bytes, says: str, tmp_path: Path) -> None:
     """Lying lengths, deep nesting and reserved bytes are refused by name."""
     (tmp_path / "f").write_bytes(build(metadata))
     with pytest.raises(FormatError, match=says):
-        describe_apr_v1(tmp_path / "f")
+        describe_unrunnable(tmp_path / "f")
 
 
 def test_checksum_and_truncation(tmp_path: Path) -> None:
     """A wrong checksum is reported, a short file refused with the missing bytes, another file refused."""
     whole = build(b"\x80", crc=1)
     (tmp_path / "f").write_bytes(whole)
-    assert describe_apr_v1(tmp_path / "f")["checksum_holds"] is False
+    assert describe_unrunnable(tmp_path / "f")["checksum_holds"] is False
     (tmp_path / "f").write_bytes(build(b"\x80", kind=99))
-    assert describe_apr_v1(tmp_path / "f")["model_type"] == "unknown (99)"
+    assert describe_unrunnable(tmp_path / "f")["model_type"] == "unknown (99)"
     (tmp_path / "f").write_bytes(build(b"\x80", b"p" * 50)[:-9])
     with pytest.raises(FormatError, match="9 bytes are missing"):
-        describe_apr_v1(tmp_path / "f")
+        describe_unrunnable(tmp_path / "f")
     (tmp_path / "f").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(FormatError, match="APRN"):
-        describe_apr_v1(tmp_path / "f")
+        describe_unrunnable(tmp_path / "f")
+
+
+def test_whisper_is_described(tmp_path: Path) -> None:
+    """An APR1 file has another layout: its size and first bytes are all that is said of it."""
+    (tmp_path / "f").write_bytes(b"APR1" + bytes(range(40)))
+    found = describe_unrunnable(tmp_path / "f")
+    assert found == {"format": "apr-v1-whisper", "bytes": 44, "first_bytes": (b"APR1" + bytes(range(28))).hex(" ")}
+    with pytest.raises(FormatError, match="Whisper"):
+        open_checkpoint(tmp_path / "f")
+
+
+def test_json_variant_is_described_and_refused(tmp_path: Path) -> None:
+    """JSON-APR: one entry that holds the whole model as text; inspect shows it, opening refuses it by name."""
+    entry = {"name": "weights", "dtype": "json", "shape": [2], "offset": 0, "size": 2}
+    (tmp_path / "f").write_bytes(apr([json.dumps([entry]).encode()], b"{}".ljust(64, b"\0"), metadata=b'{"eps": 1e-6}'))
+    assert describe_unrunnable(tmp_path / "f") == {
+        "format": "json-apr",
+        "version": "2.0",
+        "entries": [entry],
+        "metadata": {"eps": 1e-6},
+    }
+    with pytest.raises(FormatError, match=r"JSON-APR.*it cannot be run.*apr inspect"):
+        open_checkpoint(tmp_path / "f")
+    (tmp_path / "f").write_bytes(VALID_APR)
+    with pytest.raises(FormatError, match="expected a JSON index"):
+        describe_unrunnable(tmp_path / "f")
+    (tmp_path / "f").write_bytes(apr([b"[1,]"], b"{}".ljust(64, b"\0")))
+    with pytest.raises(FormatError, match="JSON error"):
+        describe_unrunnable(tmp_path / "f")

@@ -1,5 +1,8 @@
 """
-APR version 1 (``APRN``): a serialised classic model, not a transformer. Described for inspect, refused for inference.
+APR files that are described for inspect and refused for inference.
+
+Version 1 (``APRN``) is a serialised classic model, ``APR1`` a Whisper model of another layout, and JSON-APR a version 2
+whose single tensor is the JSON text of a whole transformer.
 
 Source: paiml/aprender ``format/types.rs`` and ``format/core_io.rs``, restated in ``shared/spec/apr.md`` section 1.9;
 MessagePack: https://github.com/msgpack/msgpack/blob/master/spec.md.
@@ -13,6 +16,7 @@ from pathlib import Path
 
 from apr_core.errors import FormatError
 from apr_core.formats.checkpoint import MappedFile, map_file
+from apr_core.formats.strict_json import parse_object
 
 _HEADER = struct.Struct("<4sBBHIIIBBB")
 _HEADER_BYTES = 32
@@ -39,6 +43,7 @@ _MODEL_TYPES = {
 _COMPRESSIONS = {0: "none", 1: "zstd-3", 2: "zstd-19", 3: "lz4"}
 _FLAGS = ("encrypted", "signed", "streaming", "licensed", "trueno_native", "quantized", "has_model_card")
 _MAX_DEPTH = 16
+_MAX_INDEX = 16 << 20
 _SIZED_TEXT = {0xD9: 1, 0xDA: 2, 0xDB: 4}
 _SIZED_ARRAY = {0xDC: 2, 0xDD: 4}
 _SIZED_MAP = {0xDE: 2, 0xDF: 4}
@@ -48,19 +53,53 @@ _NUMBERS = {0xCA: ">f", 0xCB: ">d"} | _UNSIGNED | _SIGNED
 _CONSTANTS: dict[int, object] = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
-def describe_apr_v1(path: str | Path) -> dict[str, object]:
+def describe_unrunnable(path: str | Path) -> dict[str, object]:
+    """
+    Describe an APR file that cannot be run.
+
+    Returns:
+        ``format`` (apr-v1, apr-v1-whisper or json-apr), and what the header says; see the functions below.
+
+    Raises:
+        NotFound, ReadWriteError: As `open_checkpoint`.
+        FormatError: It is none of the three, or shorter than its header says.
+    """
+    file = map_file(Path(path))
+    if bytes(file.view[:4]) == b"APR1":
+        return {"format": "apr-v1-whisper", "bytes": file.size, "first_bytes": bytes(file.view[:32]).hex(" ")}
+    if bytes(file.view[:4]) in (b"APR\0", b"APR2"):
+        return _describe_json(file)
+    return _describe_v1(file)
+
+
+def _describe_json(file: MappedFile) -> dict[str, object]:
+    """Return version, metadata, and entries: name, dtype, shape, offset and size of what the JSON index lists."""
+    head = bytes(file.view[:64]).ljust(64, b"\0")
+    metadata_at, metadata_bytes, index_at, data_at = struct.unpack_from("<QIQQ", head, 12)
+    index = bytes(file.view[index_at : min(data_at, index_at + _MAX_INDEX)]).rstrip(b"\0")
+    if not index.startswith(b"["):
+        raise FormatError(
+            expected="a JSON index", found=f"{index[:8]!r}", file=file.path, at=index_at, advice="give a JSON-APR file"
+        )
+    # The parser takes objects alone: what two readers could understand differently is refused inside too.
+    listed = parse_object(b'{"entries":' + index + b"}", file=file.path, what="JSON-APR index", at=index_at)["entries"]
+    metadata = bytes(file.view[metadata_at : metadata_at + metadata_bytes])
+    return {
+        "format": "json-apr",
+        "version": f"{head[4]}.{head[5]}",
+        "entries": listed,
+        "metadata": parse_object(metadata, file=file.path, what="APR metadata", at=metadata_at),
+    }
+
+
+def _describe_v1(file: MappedFile) -> dict[str, object]:
     """
     Describe an ``APRN`` file without unpacking its payload.
 
     Returns:
         format, version, model_type, sizes in bytes, compression, flags, quality_score (0 means never validated),
         metadata, and the stored and computed CRC-32 with ``checksum_holds``.
-
-    Raises:
-        NotFound, ReadWriteError: As `open_checkpoint`.
-        FormatError: The file is no APR v1, or shorter than its header says.
     """
-    file = map_file(Path(path))
     fields = _read_header(file)
     _, major, minor, kind, metadata_bytes, payload_bytes, unpacked, compression, flags, quality = fields
     end = _HEADER_BYTES + metadata_bytes
