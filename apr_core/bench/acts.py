@@ -26,7 +26,7 @@ from apr_core.falsify.verdict import holds
 from apr_core.model.tokens import PreparedTokens
 from apr_core.model.trace import TracedForward
 from apr_core.parity.acts import decision_limit
-from apr_core.parity.compare import top_margin
+from apr_core.parity.distribution import top_margin
 from apr_core.parity.tolerances import decisive_margin, forward_limit
 
 PROMPT = 32

@@ -17,7 +17,8 @@ from apr_core.falsify.finding import Finding, act
 from apr_core.falsify.verdict import holds
 from apr_core.model.trace import Trace, TracedForward, mandatory_names
 from apr_core.parity import explain
-from apr_core.parity.compare import LOGITS, DistributionParity, ParityReport, compare, top_margin
+from apr_core.parity.compare import LOGITS, ParityReport, compare
+from apr_core.parity.distribution import DistributionParity, top_margin
 from apr_core.parity.noise import one_rounding, rounding_of, trace_copy
 from apr_core.parity.tolerances import (
     AMPLIFIED,

@@ -21,22 +21,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apr_core.errors import UsageError
-
-Array = NDArray[np.floating[Any]]
-F64 = NDArray[np.float64]
+from apr_core.falsify.verdict import Verdict
+from apr_core.model.trace import MANDATORY
+from apr_core.parity.distribution import F64, Array, DistributionParity, chunks, compare_logits
 
 LOGITS = "logits"
-TOP_K = 10
-# Rows of logits handled at once: 32 rows of a 152k vocabulary are 39 MB in float64.
-_ROWS = 32
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 
 
@@ -82,69 +78,6 @@ class NameParity:
     def required_tolerance(self) -> float:
         """The smallest limit on ``rel_l2`` that every position meets; infinite when a value is not finite."""
         return float(_nan_is_worst(self.rel_l2)[self.worst])
-
-
-@dataclass(frozen=True, eq=False)
-class DistributionParity:
-    """
-    The next-token distributions of both sides, one entry per position.
-
-    Attributes:
-        kl: Divergence of the candidate from the reference, in nat.
-        total_variation: Half the summed absolute difference of the probabilities, 0 to 1.
-        margin: The reference's top logit minus its second, in nat.
-        tau: The margin up to which a flip is a near-tie.
-        flipped: True where the top tokens differ.
-        top_k_overlap: Share of the reference's ten likeliest tokens among the candidate's ten.
-    """
-
-    kl: F64
-    total_variation: F64
-    margin: F64
-    tau: F64
-    flipped: NDArray[np.bool_]
-    top_k_overlap: F64
-
-    @property
-    def kl_mean(self) -> float:
-        """Mean over positions, nat."""
-        return float(self.kl.mean())
-
-    @property
-    def kl_median(self) -> float:
-        """Median over positions, nat."""
-        return float(np.median(self.kl))
-
-    @property
-    def kl_p999(self) -> float:
-        """The 99.9th percentile, nat."""
-        return float(np.quantile(self.kl, 0.999))
-
-    @property
-    def kl_max(self) -> float:
-        """Largest over positions, nat; NaN when one is."""
-        return float(self.kl.max())
-
-    @property
-    def decisive(self) -> NDArray[np.bool_]:
-        """Where the reference's margin exceeds tau."""
-        return self.margin > self.tau
-
-    @property
-    def decisive_flips(self) -> tuple[int, ...]:
-        """Positions where another top token refutes."""
-        return tuple(int(i) for i in np.flatnonzero(self.flipped & self.decisive))
-
-    @property
-    def near_tie_flips(self) -> tuple[int, ...]:
-        """Positions where another top token is rounding."""
-        return tuple(int(i) for i in np.flatnonzero(self.flipped & ~self.decisive))
-
-    @property
-    def top1_agreement(self) -> float:
-        """Share of the decisive positions with the same top token; NaN when none is decisive."""
-        count = int(self.decisive.sum())
-        return 1 - len(self.decisive_flips) / count if count else math.nan
 
 
 @dataclass(frozen=True)
@@ -221,16 +154,51 @@ class ParityReport:
             same_object=self.same_object,
         )
 
-    def first_divergence(self, limit: float) -> Divergence | None:
-        """Find the first name, and in it the first position, that is not within ``limit``."""
+    def first_divergence(self, limit: float | Mapping[str, float]) -> Divergence | None:
+        """
+        Find the first name, and in it the first position, that is not within ``limit``.
+
+        Args:
+            limit: On rel_l2; one for all, or one per name (a name without one is held to 0).
+        """
         largest = -1.0
         for parity in self.names.values():
-            beyond = ~(parity.rel_l2 <= limit)
+            beyond = ~(parity.rel_l2 <= (limit if isinstance(limit, float) else limit.get(parity.name, 0.0)))
             if beyond.any():
                 at = int(beyond.argmax())
                 return Divergence(parity.name, parity.layer, parity.op, at, float(parity.rel_l2[at]), largest)
             largest = max(largest, float(parity.rel_l2.max()))
         return None
+
+    def judge(self, limit: float | Mapping[str, float], *, fewest: int = 1) -> tuple[Verdict, str]:
+        """
+        Say what follows from the report.
+
+        Args:
+            limit: On rel_l2, as in `first_divergence`.
+            fewest: Positions that it takes to conclude anything.
+
+        Returns:
+            The verdict and its reason, empty for CORROBORATED. Nothing compared is INCONCLUSIVE; what was compared and
+            refutes does so whatever is missing.
+        """
+        if self.same_object:
+            return Verdict.INCONCLUSIVE, "both sides are one object"
+        if not self.compared:
+            return Verdict.INCONCLUSIVE, f"nothing was compared: {'; '.join(self.missing[:3]) or 'both are empty'}"
+        if self.nonfinite:
+            return Verdict.FALSIFIED, f"{self.nonfinite} of {self.values} values are not finite"
+        first = self.first_divergence(limit)
+        if first is not None:
+            return Verdict.FALSIFIED, f"first divergence: {first}"
+        if self.logits is not None and self.logits.decisive_flips:
+            flips = self.logits.decisive_flips
+            return Verdict.FALSIFIED, f"another top token at {len(flips)} decisive positions, the first at {flips[0]}"
+        if self.missing:
+            return Verdict.INCONCLUSIVE, "; ".join(self.missing[:3])
+        if self.positions < fewest:
+            return Verdict.INCONCLUSIVE, f"{self.positions} positions, at least {fewest} are needed"
+        return Verdict.CORROBORATED, ""
 
     def table(self) -> list[dict[str, object]]:
         """One row per name, at its worst position."""
@@ -256,6 +224,7 @@ def compare(
     *,
     expect: Sequence[str] = (),
     tau: float | F64 = 0.0,
+    tokens: NDArray[np.int64] | None = None,
 ) -> ParityReport:
     """
     Hold a candidate's trace against a reference's, name by name and position by position.
@@ -265,11 +234,14 @@ def compare(
         candidate: Likewise, of the same tokens.
         expect: Names that must be there. Without it two traces that lack the same layer would agree completely.
         tau: The margin in nat up to which a flipped top token is a near-tie; one number, or one per position.
+        tokens: The token that the text goes on with behind each position, for perplexity; -1 where it ends.
 
     Raises:
         UsageError: An array is not [tokens, dim].
     """
-    order = list(dict.fromkeys((*expect, *reference, *candidate)))
+    known = dict.fromkeys((*expect, *reference, *candidate))
+    # Names beyond the mandatory ones are optional: compared where both sides have them, demanded of none.
+    order = [n for n in known if n in expect or split_name(n)[1] in MANDATORY or (n in reference and n in candidate)]
     positions = max((_rows(name, side[name]) for side in (reference, candidate) for name in side), default=0)
     parities: dict[str, NameParity] = {}
     missing: list[str] = []
@@ -281,7 +253,7 @@ def compare(
             parities[name] = compare_rows(name, reference[name], candidate[name])
     return ParityReport(
         names=parities,
-        logits=compare_logits(reference[LOGITS], candidate[LOGITS], tau) if LOGITS in parities else None,
+        logits=compare_logits(reference[LOGITS], candidate[LOGITS], tau, tokens) if LOGITS in parities else None,
         missing=tuple(missing),
         wanted=tuple(order),
         positions=positions,
@@ -291,21 +263,13 @@ def compare(
 
 def compare_rows(name: str, reference: Array, candidate: Array) -> NameParity:
     """Measure one activation, [tokens, dim] on both sides, row by row."""
-    parts = [_row_statistics(reference[rows], candidate[rows]) for rows in _chunks(len(reference))]
+    parts = [_row_statistics(reference[rows], candidate[rows]) for rows in chunks(len(reference))]
     difference, norm, max_abs, cosine, nonfinite = (np.concatenate(column) for column in zip(*parts, strict=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         # A zero row equals a zero row; against anything else it is infinitely far off.
         rel_l2 = np.where((norm == 0) & (difference == 0), 0.0, difference / norm)
         nmse = float((difference**2).sum() / (norm**2).sum())
     return NameParity(name, rel_l2, max_abs, cosine, nmse, int(nonfinite.sum()), reference.size)
-
-
-def compare_logits(reference: Array, candidate: Array, tau: float | F64 = 0.0) -> DistributionParity:
-    """Measure the next-token distributions of logits [tokens, vocabulary], at least two tokens wide."""
-    parts = [_distributions(reference[rows], candidate[rows]) for rows in _chunks(len(reference))]
-    kl, variation, margin, flipped, overlap = (np.concatenate(column) for column in zip(*parts, strict=True))
-    taus = np.broadcast_to(np.asarray(tau, np.float64), kl.shape).copy()
-    return DistributionParity(kl, variation, margin, taus, flipped.astype(bool), overlap)
 
 
 def split_name(name: str) -> tuple[int | None, str]:
@@ -321,6 +285,10 @@ def _incomparable(reference: Array | None, candidate: Array | None) -> str:
         return f"absent in the {' and the '.join(sides)}"
     if reference.shape != candidate.shape:
         return f"{list(reference.shape)} in the reference, {list(candidate.shape)} in the candidate"
+    for side, array in (("reference", reference), ("candidate", candidate)):
+        # float16 or integers would be compared after a conversion that nobody asked for
+        if array.dtype not in (np.float32, np.float64):
+            return f"{array.dtype} in the {side}, expected float32 or float64"
     if not reference.any():
         return "the reference is all zeros" if reference.size else "no values"
     return ""
@@ -334,48 +302,6 @@ def _row_statistics(reference: Array, candidate: Array) -> tuple[F64, ...]:
         cosine = np.where(norms == 0, 0.0, (r * c).sum(axis=1) / norms)
         bad = (~np.isfinite(r) | ~np.isfinite(c)).sum(axis=1)
         return np.linalg.norm(d, axis=1), np.linalg.norm(r, axis=1), np.abs(d).max(axis=1), cosine, bad
-
-
-def _distributions(reference: Array, candidate: Array) -> tuple[F64, ...]:
-    log_p, log_q = log_softmax(reference), log_softmax(candidate)
-    p, q = np.exp(log_p), np.exp(log_q)
-    with np.errstate(invalid="ignore"):
-        # Each term p ln(p/q) - p + q is >= 0, so nothing cancels: measured 10 to 100 times closer than the plain sum,
-        # whose rounding alone is a KL of 1e-15.
-        kl = (p * (log_p - log_q) - p + q).sum(axis=1)
-        variation = np.abs(p - q).sum(axis=1) / 2
-    k = min(TOP_K, reference.shape[1])
-    top_p, top_q = _top(log_p, k), _top(log_q, k)
-    overlap = np.array([np.intersect1d(a, b).size / k for a, b in zip(top_p, top_q, strict=True)])
-    # argmax takes the first of equals on both sides, as greedy decoding does
-    return kl, variation, top_margin(reference), reference.argmax(axis=1) != candidate.argmax(axis=1), overlap
-
-
-def top_margin(logits: Array) -> F64:
-    """Top logit minus the second, per row; infinite in a vocabulary of one."""
-    if logits.shape[1] < 2:
-        return np.full(len(logits), np.inf)
-    two = np.partition(logits.astype(np.float64), -2, axis=1)[:, -2:]
-    with np.errstate(invalid="ignore"):
-        margin: F64 = two[:, 1] - two[:, 0]
-    return margin
-
-
-def log_softmax(logits: Array) -> F64:
-    """Logarithm of the probabilities per row, in float64."""
-    x = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        x = x - x.max(axis=1, keepdims=True)
-        shifted: F64 = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-    return shifted
-
-
-def _top(values: F64, k: int) -> NDArray[np.intp]:
-    return np.argpartition(values, -k, axis=1)[:, -k:]
-
-
-def _chunks(rows: int) -> Iterator[slice]:
-    return (slice(start, start + _ROWS) for start in range(0, rows, _ROWS))
 
 
 def _rows(name: str, array: Array) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from apr_core.parity.compare import DistributionParity, NameParity, ParityReport
+from apr_core.parity.compare import NameParity, ParityReport
+from apr_core.parity.distribution import DistributionParity
 
 Row = dict[str, object]
 Whys = list[tuple[str, str]]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from apr_core.dtypes import QuantFormat
 from apr_core.falsify.claims import load_claims
-from apr_core.parity.compare import F64, Array, DistributionParity
+from apr_core.parity.distribution import F64, Array, DistributionParity
 
 F32 = NDArray[np.float32]
 

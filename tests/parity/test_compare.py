@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from apr_core.errors import UsageError
+from apr_core.falsify.verdict import Verdict
 from apr_core.model.trace import mandatory_names
-from apr_core.parity.compare import compare, compare_logits, compare_rows, split_name, top_margin
+from apr_core.parity.compare import compare, compare_rows, split_name
+from apr_core.parity.distribution import bootstrap, compare_logits, top_margin
 
 Side = dict[str, NDArray[np.float32]]
 TOKENS, WIDTH = 63, 257
@@ -264,3 +267,103 @@ def test_small_parts() -> None:
     assert split_name("layers.12.attn_output") == (12, "attn_output")
     assert split_name("logits") == (None, "logits")
     assert top_margin(np.zeros((2, 1), np.float32)).tolist() == [math.inf, math.inf]
+
+
+def test_a_report_is_judged_in_the_order_of_what_can_go_wrong() -> None:
+    """One object, nothing compared, NaN, a divergence, a decisive flip, a lost name, too few positions."""
+    side = healthy()
+    other = rounded(side)
+
+    def verdict(candidate: Side, limit: float = 1e-5, fewest: int = 1, reference: Side = side) -> tuple[Verdict, str]:
+        return compare(reference, candidate, expect=mandatory_names(2)).judge(limit, fewest=fewest)
+
+    assert verdict(other) == (Verdict.CORROBORATED, "")
+    assert verdict(side) == (Verdict.INCONCLUSIVE, "both sides are one object")
+    assert verdict({}) == (
+        Verdict.INCONCLUSIVE,
+        "nothing was compared: layers.0.q: absent in the candidate; layers.0.k: absent in the candidate; "
+        "layers.0.v: absent in the candidate",
+    )
+    bad = {k: v.copy() for k, v in other.items()}
+    bad["layers.1.k"][3, 4] = np.nan
+    assert verdict(bad)[0] is Verdict.FALSIFIED
+    assert "not finite" in verdict(bad)[1]
+    assert verdict({**other, "layers.1.v": -other["layers.1.v"]})[1].startswith("first divergence: layers.1.v at posi")
+    swapped = {**other, "logits": np.roll(other["logits"], 1, axis=1)}
+    assert verdict(swapped, limit=9.0)[1] == "another top token at 63 decisive positions, the first at 0"
+    lost = {k: v for k, v in other.items() if k != "layers.0.v"}
+    assert verdict(lost) == (Verdict.INCONCLUSIVE, "layers.0.v: absent in the candidate")
+    assert verdict(other, fewest=64) == (Verdict.INCONCLUSIVE, "63 positions, at least 64 are needed")
+
+
+def test_limits_of_single_names() -> None:
+    """A name within its own limit passes beside one that is not; a name without a limit is held to nothing at all."""
+    side = healthy()
+    noisy = rounded(side)
+    limits = dict.fromkeys(side, 1e-5) | {"layers.1.k": 1e-12}
+    first = compare(side, noisy).first_divergence(limits)
+    assert first is not None
+    assert first.name == "layers.1.k"
+    del limits["layers.0.k"]
+    first = compare(side, noisy).first_divergence(limits)
+    assert first is not None
+    assert first.name == "layers.0.k"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda x: x[:-1], r"\[63, 257\] in the reference, \[62, 257\] in the candidate"),
+        (lambda x: x[:, :-1], r"\[63, 257\] in the reference, \[63, 256\] in the candidate"),
+        (lambda x: x.astype(np.float16), "float16 in the candidate, expected float32 or float64"),
+        (lambda x: x.astype(np.int32), "int32 in the candidate"),
+        (lambda x: x[:0], r"\[0, 257\] in the candidate"),
+    ],
+)
+def test_other_lengths_vocabularies_and_types_are_not_overlapped(change: Callable[[object], object], why: str) -> None:
+    """The overlap of the two would agree; nothing of it is compared, and the reason says why."""
+    x = healthy()["logits"]
+    report = compare({"logits": x}, {"logits": change(x.copy())})  # type: ignore[dict-item]
+    verdict, reason = report.judge(1e-5)
+    assert (verdict, report.compared) == (Verdict.INCONCLUSIVE, 0)
+    assert re.search(why, reason)
+
+
+def test_optional_names_are_compared_where_both_have_them() -> None:
+    """And demanded of nobody."""
+    side, other = healthy(), rounded(healthy())
+    x = side["logits"]
+    report = compare({**side, "layers.0.mlp": x}, other)
+    assert report.judge(1e-5) == (Verdict.CORROBORATED, "")
+    both = compare({**side, "layers.0.mlp": x}, {**other, "layers.0.mlp": -x})
+    assert both.judge(1e-5)[1].startswith("first divergence: layers.0.mlp")
+
+
+def test_perplexity_and_change_of_probability_by_hand() -> None:
+    """A vocabulary of two, 3/4 and 1/4; the candidate says one half each; behind the last nothing follows."""
+    p = np.log(np.array([[3.0, 1.0], [1.0, 3.0], [3.0, 1.0]]))
+    q = np.zeros((3, 2))
+    found = compare_logits(p, q, tokens=np.array([0, 0, -1]))
+    assert found.perplexity == pytest.approx(((4 / 3 * 4) ** 0.5, 2.0))
+    assert found.delta_p == pytest.approx([-0.25, 0.25, -0.25])
+    assert found.delta_p_rms == pytest.approx(0.25)
+    assert all(math.isnan(x) for x in compare_logits(p, q).perplexity)
+
+
+def test_the_interval_of_the_mean_holds_it_and_can_be_repeated() -> None:
+    """Wider at a higher level; NaN stays NaN."""
+    found = compare_logits(healthy(1)["logits"], healthy(2)["logits"])
+    low, high = found.kl_interval()
+    assert low < found.kl_mean < high
+    assert found.kl_interval() == (low, high)
+    wide = found.kl_interval(0.999)
+    assert wide[0] < low < high < wide[1]
+    assert all(math.isnan(x) for x in bootstrap(np.array([1.0, np.nan])))
+
+
+def test_the_norms_rule_is_a_column_and_is_blind() -> None:
+    """A permutation and a change of sign leave the specification's difference of norms at zero."""
+    x = healthy()["logits"]
+    for blind in (permute(x), -x):
+        assert compare_logits(x, blind).norm_difference.max() < 1e-6
+    assert compare_logits(x, x * np.float32(1.5)).norm_difference == pytest.approx(0.5, rel=1e-5)

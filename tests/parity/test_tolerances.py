@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from apr_core.dtypes import FORMATS
-from apr_core.parity.compare import compare_logits
+from apr_core.parity.distribution import compare_logits
 from apr_core.parity.tolerances import (
     _MEASURED,
     AMPLIFIED,

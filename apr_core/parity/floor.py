@@ -1,0 +1,139 @@
+"""
+The noise floor: how far the reference is from itself when only rounding differs.
+
+Three ways to round otherwise, none of which touches a candidate: another order of summation (each product in pieces),
+another number of threads, and float64 in place of float32. For an engine that rounds its activations to 8 bits on
+purpose there is a fourth: the reference with its activations rounded so. A limit is a multiple of the largest distance
+that any of them shows, name by name, because the floor of a key in the first layer is a tenth of that of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apr_core.contract.types import ValidatedModel
+from apr_core.model.generate import follow
+from apr_core.model.linear import Place, Weights
+from apr_core.model.qwen2 import Qwen2
+from apr_core.model.trace import Trace, TracedForward
+from apr_core.parity.compare import compare
+
+# Two roundings of one forward were at most 2.3 times as far apart as the floor (decision 0012); 4 leaves room for one
+# more order of summation. Every planted fault of tests/parity/test_faults.py lies beyond it.
+FACTOR = 4.0
+# One unit in the last place of each value of a row; below it no float32 row can be told from another.
+LEAST = 2.0**-23
+BLOCK = 32
+
+Run = Callable[[TracedForward], Trace]
+
+
+class EightBit(Place):
+    """Products of activations that are rounded to 8 bits, one scale per block of 32, as integer kernels take them."""
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Round ``x``, then multiply."""
+        width = x.shape[-1]
+        blocks = torch.nn.functional.pad(x, (0, -width % BLOCK)).reshape(*x.shape[:-1], -1, BLOCK)
+        step = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / 127
+        return super().product(((blocks / step).round() * step).flatten(-2)[..., :width], weight, bias)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """
+    What rounding alone does.
+
+    Attributes:
+        measured: Variant -> name -> largest rel_l2 over positions.
+    """
+
+    measured: Mapping[str, Mapping[str, float]]
+
+    def of(self, name: str) -> float:
+        """Return the floor of one name: the largest that any variant shows."""
+        return max((variant.get(name, 0.0) for variant in self.measured.values()), default=0.0)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Limit on rel_l2 per name."""
+        names = dict.fromkeys(name for variant in self.measured.values() for name in variant)
+        return {name: FACTOR * max(self.of(name), LEAST) for name in names}
+
+    @property
+    def source(self) -> str:
+        """Where the limits come from."""
+        return f"{FACTOR:g} x the reference's distance from itself: {', '.join(self.measured)} (decision 0012)"
+
+    def rows(self) -> list[dict[str, object]]:
+        """One row per name: each variant's floor, and the limit."""
+        limits = self.limits
+        return [
+            {"name": name, **{kind: by.get(name) for kind, by in self.measured.items()}, "limit": limits[name]}
+            for name in limits
+        ]
+
+
+def variants(validated: ValidatedModel, precision: str = "exact") -> dict[str, Callable[[], TracedForward]]:
+    """
+    Name the reference's other roundings, each built when it is called.
+
+    Args:
+        validated: The model.
+        precision: ``speed`` adds activations of 8 bits; what is not ``speed`` is held to float32.
+    """
+
+    def at(place: Place) -> Callable[[], TracedForward]:
+        return lambda: Qwen2(validated, weights=Weights(validated, place))
+
+    found = {
+        "sums in 7 pieces": at(Place(parts=7)),
+        "sums in 2 pieces": at(Place(parts=2)),
+        "float64": at(Place(dtype=torch.float64)),
+    }
+    return found | ({"activations of 8 bits": at(EightBit())} if precision == "speed" else {})
+
+
+def noise_floor(validated: ValidatedModel, run: Run, precision: str = "exact") -> Floor:
+    """
+    Measure how far the reference is from itself.
+
+    Args:
+        validated: The model.
+        run: What is traced, e.g. a prefill and cached steps; called once per variant.
+        precision: As `variants`.
+
+    Cost: one more copy of the weights in memory, and five forwards.
+    """
+    reference = Qwen2(validated)
+    truth = run(reference)
+    measured = {name: _distance(truth, run(make())) for name, make in variants(validated, precision).items()}
+    with _threads(2 if torch.get_num_threads() == 1 else 1) as count:
+        measured[f"{count} threads" if count > 1 else "1 thread"] = _distance(truth, run(reference))
+    return Floor(measured)
+
+
+def path(ids: NDArray[np.int64], prompt: int, start: int = 0) -> Run:
+    """Return the run of `follow` over ``ids``: a prefill of ``prompt`` and a cached step for each further id."""
+    return lambda model: follow(model, ids, prompt, start=start, full=True)
+
+
+def _distance(truth: Trace, other: Trace) -> dict[str, float]:
+    return {name: parity.required_tolerance for name, parity in compare(truth, other).names.items()}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
