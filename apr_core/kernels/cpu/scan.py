@@ -1,0 +1,492 @@
+"""
+One pass over stored bytes at the speed of memory: `kernels.stats.scan` and its digest, compiled.
+
+The arithmetic is that of the reference, operation by operation and in the same order, so that both give the same bits:
+which path ran can never decide whether a model is admitted. A run of `stats.RUN` elements is taken 32 lanes at a time
+by a loop that is written down in LLVM's own terms: numba does not vectorise sums whose order is fixed, and has no
+16-bit lanes.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from apr_core.kernels import stats
+from apr_core.kernels.cpu.features import instructions
+from apr_core.kernels.cpu.vec import read_i32
+from apr_core.kernels.stats import Limits, Part
+
+_LANES = 32
+# Bytes that are asked for ahead. The loop is long enough to starve the processor's own prefetching: without this a pass
+# ran at 0.45 of the read bandwidth of a Xeon (Sapphire Rapids), with 512 bytes at 0.56, 2048 at 0.76, 4096 to 12288 at 0.81.
+_AHEAD = 4096
+_I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+_HALF, _FLOAT, _DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+
+
+def _vector(kind: Any, count: int) -> Any:
+    return ir.VectorType(kind, count)
+
+
+def _same(kind: Any, value: float) -> Any:
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _take(builder: Any, x: Any, lanes: list[int], y: Any = None) -> Any:
+    """Pick lanes of ``x``, or of ``x`` followed by ``y``."""
+    return builder.shuffle_vector(x, x if y is None else y, ir.Constant(_vector(_I32, len(lanes)), lanes))
+
+
+def _at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    return builder.inttoptr(builder.add(address, ir.Constant(_I64, offset)), kind.as_pointer())
+
+
+def _load(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    loaded = builder.load(_at(builder, address, offset, kind))
+    loaded.align = 1
+    return loaded
+
+
+def _store(builder: Any, value: Any, address: Any, offset: int) -> None:
+    builder.store(value, _at(builder, address, offset, value.type)).align = 1
+
+
+def _prefetch(b: Any, address: Any, offset: int) -> None:
+    """Ask for a line of memory; one that does not exist is not an error."""
+    line, word = _at(b, address, offset, ir.IntType(8)), ir.Constant(_I32, 0)
+    name = "llvm.prefetch.p0"
+    function = b.module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(ir.VoidType(), [line.type, _I32, _I32, _I32])
+        function = ir.Function(b.module, kind, name)
+    b.call(function, [line, word, ir.Constant(_I32, 3), ir.Constant(_I32, 1)])
+
+
+def _splat(builder: Any, scalar: Any, kind: Any) -> Any:
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return _take(builder, first, [0] * kind.count)
+
+
+def _extreme(builder: Any, sign: str, x: Any, y: Any) -> Any:
+    return builder.select(builder.icmp_signed(sign, x, y), x, y)
+
+
+class _Kind:
+    """How the elements of one type are read: ``words`` (integers as stored), ``floats`` (their values, in order)."""
+
+    code: int
+    size: int
+    wide: bool  # sums in float64 lane by lane; else in float32 within a run
+
+    def words(self, b: Any, at: Any) -> list[Any]:
+        """Load one step."""
+        return [_load(b, at, 0, _vector(_I16, _LANES))]
+
+    def floats(self, b: Any, words: list[Any]) -> list[Any]:
+        """Two vectors of 16 float32."""
+        raise NotImplementedError
+
+    def ordered(self, b: Any, pair: list[Any]) -> list[Any]:
+        """Bring two accumulators of `floats` into the order of the elements."""
+        return pair
+
+
+class _F32Kind(_Kind):
+    code, size, wide = stats.F32, 4, True
+
+    def words(self, b: Any, at: Any) -> list[Any]:
+        return [_load(b, at, 64 * half, _vector(_I32, 16)) for half in (0, 1)]
+
+    def floats(self, b: Any, words: list[Any]) -> list[Any]:
+        return [b.bitcast(word, _vector(_FLOAT, 16)) for word in words]
+
+
+class _BF16Kind(_Kind):
+    code, size, wide = stats.BF16, 2, False
+
+    def floats(self, b: Any, words: list[Any]) -> list[Any]:
+        pairs = b.bitcast(words[0], _vector(_I32, 16))
+        even = b.shl(pairs, _same(pairs.type, 16))
+        odd = b.and_(pairs, _same(pairs.type, 0xFFFF0000))
+        return [b.bitcast(half, _vector(_FLOAT, 16)) for half in (even, odd)]
+
+    def ordered(self, b: Any, pair: list[Any]) -> list[Any]:
+        lanes = [lane // 2 + 16 * (lane % 2) for lane in range(_LANES)]
+        return [_take(b, pair[0], lanes[:16], pair[1]), _take(b, pair[0], lanes[16:], pair[1])]
+
+
+class _F16Kind(_Kind):
+    code, size, wide = stats.F16, 2, False
+
+    def floats(self, b: Any, words: list[Any]) -> list[Any]:
+        halves = [_take(b, words[0], list(range(16 * half, 16 * half + 16))) for half in (0, 1)]
+        return [_from_half(b, half) for half in halves]
+
+
+def _from_half(b: Any, words: Any) -> Any:
+    """Sixteen float16 as float32, exactly; by integers where the processor has no conversion of its own."""
+    floats, ints = _vector(_FLOAT, 16), _vector(_I32, 16)
+    if "f16c" in instructions() or platform.machine() in ("aarch64", "arm64"):
+        return b.fpext(b.bitcast(words, _vector(_HALF, 16)), floats)
+    bits = b.zext(words, ints)
+    shifted = b.shl(b.and_(bits, _same(ints, 0x7FFF)), _same(ints, 13))
+    scaled = b.bitcast(b.fmul(b.bitcast(shifted, floats), _same(floats, 2.0**112)), ints)
+    special = b.icmp_unsigned(">=", shifted, _same(ints, 0x0F800000))
+    scaled = b.select(special, b.or_(shifted, _same(ints, 0x7F800000)), scaled)
+    return b.bitcast(b.or_(scaled, b.shl(b.and_(bits, _same(ints, 0x8000)), _same(ints, 16))), floats)
+
+
+def _emit_run(b: Any, kind: _Kind, at: Any, steps: Any, sums: Any, counts: Any, lanes: Any, first: Any, zero: Any) -> None:
+    """
+    Write down the loop over one run of whole steps, at least one.
+
+    Writes sum and sum of squares (float64) to ``sums``; zeros, smallest and largest key (int64) to ``counts``; adds the
+    stripes, from number ``first`` on, to the eight lanes of the digest at ``lanes``.
+    """
+    bits = 8 * kind.size
+    scalar = ir.IntType(bits)
+    word = _vector(scalar, 16 if kind.wide else _LANES)
+    total = _vector(_DOUBLE if kind.wide else _FLOAT, 16)
+    zero = _splat(b, zero if kind.wide else b.trunc(zero, _I16), word)
+    twice, most = b.add(zero, zero), (1 << (bits - 1)) - 1
+    key_before, digest_before = _keys(b, first), _load(b, lanes, 0, _vector(_I64, 8))
+    begin, loop = b.block, b.append_basic_block("step")
+    done = b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    address, left, zeros = b.phi(_I64), b.phi(_I64), b.phi(_I64)
+    extremes, adds = [b.phi(word) for _ in range(2)], [b.phi(total) for _ in range(4)]
+    key, digest = b.phi(key_before.type), b.phi(key_before.type)
+    for offset in range(0, _LANES * kind.size, stats.STRIPE):
+        _prefetch(b, address, _AHEAD + offset)
+    words = kind.words(b, address)
+    low, high, zeros_now, adds_now = *extremes, zeros, list(adds)
+    key_now, digest_now = key, digest
+    for stored in words:
+        # two's complement in the order of the numbers: -0.0 is -1, and what is below 0 counts on downwards
+        order = b.xor(stored, b.and_(b.ashr(stored, _same(word, bits - 1)), _same(word, most)))
+        low, high = _extreme(b, "<", order, low), _extreme(b, ">", order, high)
+        mask = b.bitcast(b.icmp_unsigned("<", b.add(order, zero), twice), ir.IntType(word.count))
+        zeros_now = b.add(zeros_now, b.zext(b.ctpop(mask), _I64))
+        digest_now, key_now = _stripe(b, b.bitcast(stored, key.type), digest_now, key_now)
+    for half, value in enumerate(kind.floats(b, words)):
+        x = b.fpext(value, total) if kind.wide else value
+        adds_now[half] = b.fadd(adds[half], x)
+        # exact for every type here: the square of 24 bits fits a float64, that of 11 bits a float32
+        adds_now[2 + half] = b.fadd(adds[2 + half], b.fmul(x, x))
+    left_now = b.sub(left, ir.Constant(_I64, 1))
+    for phi, before, later in (
+        (address, at, b.add(address, ir.Constant(_I64, _LANES * kind.size))),
+        (left, steps, left_now),
+        (zeros, ir.Constant(_I64, 0), zeros_now),
+        (extremes[0], _same(word, most), low),
+        (extremes[1], _same(word, -most - 1), high),
+        (key, key_before, key_now),
+        (digest, digest_before, digest_now),
+        *((lane, _same(total, 0.0), now) for lane, now in zip(adds, adds_now, strict=True)),
+    ):
+        phi.add_incoming(before, begin)
+        phi.add_incoming(later, loop)
+    b.cbranch(b.icmp_signed(">", left_now, ir.Constant(_I64, 0)), loop, done)
+    b.position_at_end(done)
+    for part in (0, 1):
+        _store(b, _tree(b, kind.ordered(b, adds_now[2 * part : 2 * part + 2])), sums, 8 * part)
+    _store(b, digest_now, lanes, 0)
+    _store(b, zeros_now, counts, 0)
+    _store(b, b.sext(_reduce(b, "<", low), _I64), counts, 8)
+    _store(b, b.sext(_reduce(b, ">", high), _I64), counts, 16)
+
+
+def _keys(b: Any, first: Any) -> Any:
+    """Return the keys of the eight lanes of a stripe."""
+    word = _vector(_I64, 8)
+    moved = b.mul(first, ir.Constant(_I64, stats.KEY_STEP))
+    return b.add(ir.Constant(word, stats.LANE_KEYS.tolist()), _splat(b, moved, word))
+
+
+def _stripe(b: Any, data: Any, digest: Any, key: Any) -> tuple[Any, Any]:
+    """Add one stripe to the lanes of the digest; return them and the keys of the next stripe."""
+    word = data.type
+    mixed = b.xor(data, key)
+    product = b.mul(b.and_(mixed, _same(word, 0xFFFFFFFF)), b.lshr(mixed, _same(word, 32)))
+    digest = b.add(b.add(digest, product), _take(b, data, [lane ^ 1 for lane in range(8)]))
+    return digest, b.add(key, _same(word, stats.KEY_STEP))
+
+
+def _reduce(b: Any, sign: str, x: Any) -> Any:
+    """Return the smallest or the largest lane."""
+    width = x.type.count
+    while width > 1:
+        width //= 2
+        x = _extreme(b, sign, _take(b, x, list(range(width))), _take(b, x, list(range(width, 2 * width))))
+    return b.extract_element(x, ir.Constant(_I32, 0))
+
+
+def _tree(b: Any, pair: list[Any]) -> Any:
+    """Sum 32 lanes in float64: the upper half on the lower, until one is left."""
+    wide = _vector(_DOUBLE, 16)
+    low, high = (half if half.type == wide else b.fpext(half, wide) for half in pair)
+    x, width = b.fadd(low, high), 16
+    while width > 1:
+        width //= 2
+        x = b.fadd(_take(b, x, list(range(width))), _take(b, x, list(range(width, 2 * width))))
+    return b.extract_element(x, ir.Constant(_I32, 0))
+
+
+def _run_of(kind: _Kind) -> Any:
+    signature = types.void(*[types.int64] * 6, types.int32)
+
+    def emit(context: Any, builder: Any, _signature: Any, values: tuple[Any, ...]) -> Any:
+        _emit_run(builder, kind, *values)
+        return context.get_dummy_value()
+
+    def run(context: Any, at: Any, steps: Any, sums: Any, counts: Any, lanes: Any, first: Any, zero: Any) -> Any:
+        return signature, emit
+
+    return intrinsic(run)
+
+
+_run_f32, _run_f16, _run_bf16 = (_run_of(kind) for kind in (_F32Kind(), _F16Kind(), _BF16Kind()))
+
+
+@intrinsic
+def _stripes(typing_context: Any, at: Any, count: Any, first: Any, lanes: Any) -> Any:
+    """Add ``count`` stripes, at least one, from number ``first`` on to the eight lanes at ``lanes``."""
+
+    def emit(context: Any, b: Any, _signature: Any, values: tuple[Any, ...]) -> Any:
+        _emit_stripes(b, *values)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), emit
+
+
+def _emit_stripes(b: Any, at: Any, count: Any, first: Any, lanes: Any) -> None:
+    key_before, digest_before = _keys(b, first), _load(b, lanes, 0, _vector(_I64, 8))
+    begin, loop = b.block, b.append_basic_block("stripe")
+    done = b.append_basic_block("stripes_done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    address, left, key, digest = b.phi(_I64), b.phi(_I64), b.phi(key_before.type), b.phi(key_before.type)
+    digest_now, key_now = _stripe(b, _load(b, address, 0, key.type), digest, key)
+    left_now = b.sub(left, ir.Constant(_I64, 1))
+    for phi, before, now in (
+        (address, at, b.add(address, ir.Constant(_I64, stats.STRIPE))),
+        (left, count, left_now),
+        (key, key_before, key_now),
+        (digest, digest_before, digest_now),
+    ):
+        phi.add_incoming(before, begin)
+        phi.add_incoming(now, loop)
+    b.cbranch(b.icmp_signed(">", left_now, ir.Constant(_I64, 0)), loop, done)
+    b.position_at_end(done)
+    _store(b, digest_now, lanes, 0)
+
+
+@intrinsic
+def _read_u8(typing_context: Any, at: Any) -> Any:
+    """Read one byte."""
+
+    def emit(_context: Any, b: Any, _signature: Any, values: tuple[Any, ...]) -> Any:
+        return _load(b, values[0], 0, ir.IntType(8))
+
+    return types.uint8(types.int64), emit
+
+
+@intrinsic
+def _read_u16(typing_context: Any, at: Any) -> Any:
+    """Read 16 bits at any address."""
+
+    def emit(_context: Any, b: Any, _signature: Any, values: tuple[Any, ...]) -> Any:
+        return b.zext(_load(b, values[0], 0, _I16), _I32)
+
+    return types.int32(types.int64), emit
+
+
+@intrinsic
+def _float_of(typing_context: Any, bits: Any) -> Any:
+    """Return the float32 of 32 bits."""
+
+    def emit(_context: Any, b: Any, _signature: Any, values: tuple[Any, ...]) -> Any:
+        return b.bitcast(values[0], _FLOAT)
+
+    return types.float32(types.int32), emit
+
+
+@intrinsic
+def _half_of(typing_context: Any, bits: Any) -> Any:
+    """Return the float32 of a float16."""
+
+    def emit(_context: Any, b: Any, _signature: Any, values: tuple[Any, ...]) -> Any:
+        word = b.trunc(values[0], _I16)
+        return b.extract_element(_from_half(b, _splat(b, word, _vector(_I16, 16))), ir.Constant(_I32, 0))
+
+    return types.float32(types.int32), emit
+
+
+_jit: Callable[..., Any] = njit(nogil=True, cache=True, error_model="numpy")
+_F32, _F16, _BF16 = stats.F32, stats.F16, stats.BF16
+_RUN, _SMALLEST = stats.RUN, stats.SMALLEST_SQUARES
+_ZEROS, _NANS, _INFS, _LOW, _HIGH, _SUM, _SQUARES, _DEAD, _SPOT = range(9)
+
+
+@_jit
+def _element(kind: Any, bits: Any) -> Any:
+    """Return the float32 of one stored element."""
+    if kind == _F32:
+        return _float_of(bits)
+    return _half_of(bits) if kind == _F16 else _float_of(bits << 16)
+
+
+@_jit
+def _slowly(kind: Any, at: Any, count: Any, zero: Any, record: Any, lanes: Any, sums: Any) -> Any:
+    """Add the finite values of one run in float64; return what in it is not finite: 0, infinite or NaN."""
+    lanes[:] = 0.0
+    size = 4 if kind == _F32 else 2
+    low, high, broken, zeros = np.inf, -np.inf, 0.0, 0
+    for i in range(count):
+        bits = read_i32(at + size * i) if kind == _F32 else _read_u16(at + size * i)
+        x = np.float64(_element(kind, bits))
+        zeros += (bits & (0x7FFFFFFF if kind == _F32 else 0x7FFF)) < zero
+        if abs(x) < np.inf:
+            low, high = min(low, x), max(high, x)
+            lanes[0, i % 32] += x
+            lanes[1, i % 32] += x * x
+        else:
+            record[_NANS if x != x else _INFS] += 1
+            broken += abs(x)
+    record[_ZEROS] += zeros
+    record[_LOW], record[_HIGH] = min(record[_LOW], low + 0.0), max(record[_HIGH], high + 0.0)
+    for part in range(2):
+        width = 16
+        while width:
+            for lane in range(width):
+                lanes[part, lane] += lanes[part, lane + width]
+            width //= 2
+        sums[part] = lanes[part, 0]
+    return broken
+
+
+@_jit
+def _run(kind: Any, at: Any, steps: Any, zero: Any, record: Any, sums: Any, counts: Any, digest: Any, first: Any) -> Any:
+    """Scan whole steps; False, and nothing recorded, when this run must be added in float64."""
+    out, out_counts, lanes = sums.ctypes.data, counts.ctypes.data, digest.ctypes.data
+    if kind == _F32:
+        _run_f32(at, steps, out, out_counts, lanes, first, zero)
+        kept = sums[1] < np.inf
+    else:
+        if kind == _F16:
+            _run_f16(at, steps, out, out_counts, lanes, first, zero)
+        else:
+            _run_bf16(at, steps, out, out_counts, lanes, first, zero)
+        total, squares = sums[0], sums[1]
+        kept = squares >= _SMALLEST and squares < np.inf
+        kept = kept and squares - total * total / (32 * steps) >= 0.5 * squares
+    if kept:
+        record[_ZEROS] += counts[0]
+        record[_LOW] = min(record[_LOW], _of_key(kind, counts[1]) + 0.0)
+        record[_HIGH] = max(record[_HIGH], _of_key(kind, counts[2]) + 0.0)
+    return kept
+
+
+@_jit
+def _of_key(kind: Any, key: Any) -> Any:
+    """Turn the key that orders bit patterns as their values back into the value."""
+    most = 0x7FFFFFFF if kind == _F32 else 0x7FFF
+    return _element(kind, np.int32(key ^ ((key >> 63) & most)))
+
+
+@_jit
+def _digest_rest(part: Any, done: Any, lanes: Any) -> None:
+    """Take the digest of the stored bytes from stripe ``done`` on, the last stripe filled with zeros."""
+    at, nbytes = part[_STORED], part[_STORED_BYTES]
+    whole = nbytes // 64
+    if done < whole:
+        _stripes(at + 64 * done, whole - done, part[_STRIPE] + done, lanes.ctypes.data)
+    if 64 * whole < nbytes:
+        rest = np.zeros(64, np.uint8)
+        for i in range(64 * whole, nbytes):
+            rest[i - 64 * whole] = _read_u8(at + i)
+        _stripes(rest.ctypes.data, 1, part[_STRIPE] + whole, lanes.ctypes.data)
+
+
+# Fields of a part as the compiled loop reads it, int64.
+_KIND, _AT, _ROWS, _COLUMNS, _FIRST_ROW, _ZERO, _STORED, _STORED_BYTES, _STRIPE = range(9)
+_FIELDS = 9
+
+
+@_jit
+def _scan_part(part: Any, spots: Any, dead_below: Any, record: Any, digest: Any) -> None:
+    kind, at, columns, zero = part[_KIND], part[_AT], part[_COLUMNS], np.int32(part[_ZERO])
+    size = 4 if kind == _F32 else 2
+    sums, counts, lanes = np.empty(2), np.empty(3, np.int64), np.empty((2, 32))
+    # Where the elements are the stored bytes, and runs begin at whole stripes, the digest is taken in the same loop;
+    # else what that loop adds is thrown away.
+    together = part[_STORED] == at and (part[_ROWS] == 1 or columns % 32 == 0)
+    taken = digest if together else np.empty(8, np.uint64)
+    stripe, stripes = part[_STRIPE], 0
+    for row in range(part[_ROWS] if columns else 0):
+        row_squares, broken = 0.0, 0.0
+        for start in range(0, columns, _RUN):
+            count = min(_RUN, columns - start)
+            steps = count // 32
+            if steps:
+                if not _run(kind, at, steps, zero, record, sums, counts, taken, stripe + stripes):
+                    broken += _slowly(kind, at, 32 * steps, zero, record, lanes, sums)
+                record[_SUM] += sums[0]
+                row_squares += sums[1]
+                stripes += steps * size // 2
+            if 32 * steps < count:
+                rest = at + size * 32 * steps
+                broken += _slowly(kind, rest, count - 32 * steps, zero, record, lanes, sums)
+                record[_SUM] += sums[0]
+                row_squares += sums[1]
+            at += size * count
+        record[_SQUARES] += row_squares
+        norm = np.sqrt(row_squares + broken)
+        record[_DEAD] += not norm >= dead_below
+        for place in range(spots.size):
+            if spots[place] == part[_FIRST_ROW] + row:
+                record[_SPOT + place] = norm
+    _digest_rest(part, stripes if together else 0, digest)
+
+
+@_jit
+def _scan_parts(parts: Any, spots: Any, dead_below: Any, records: Any, digests: Any) -> None:
+    for i in range(parts.shape[0]):
+        _scan_part(parts[i], spots[i], dead_below, records[i], digests[i])
+
+
+def scan_many(parts: Sequence[Part], limits: Limits) -> list[tuple[NDArray[np.float64], NDArray[np.uint64]]]:
+    """Measure parts as `stats.scan` does, all in one call that holds no lock of Python."""
+    fields = np.zeros((len(parts), _FIELDS), np.int64)
+    spots = np.full((len(parts), max((len(part.spots) for part in parts), default=0)), -1, np.int64)
+    data = [(np.ascontiguousarray(part.data), np.ascontiguousarray(part.stored)) for part in parts]
+    for i, (part, (elements, stored)) in enumerate(zip(parts, data, strict=True)):
+        fields[i] = (
+            part.kind,
+            elements.ctypes.data,
+            part.rows,
+            part.columns,
+            part.first_row,
+            _zero_codes(part.kind, limits.zero_below),
+            stored.ctypes.data,
+            stored.size,
+            part.stripe,
+        )
+        spots[i, : len(part.spots)] = part.spots
+    records, digests = np.zeros((len(parts), _SPOT + spots.shape[1])), np.zeros((len(parts), 8), np.uint64)
+    records[:, _LOW], records[:, _HIGH], records[:, _SPOT:] = np.inf, -np.inf, np.nan
+    _scan_parts(fields, spots, limits.dead_below, records, digests)
+    return [(records[i, : _SPOT + len(part.spots)], digests[i]) for i, part in enumerate(parts)]
+
+
+_zero_codes = cache(stats.zero_codes)
