@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Modules that register kernels when they are imported.
-MODULES: tuple[str, ...] = ("apr_core.kernels.cpu.register",)
+MODULES: tuple[str, ...] = ("apr_core.kernels.cpu.register", "apr_core.kernels.cpu.scan")
 
 
 @dataclass(frozen=True)

@@ -195,13 +195,38 @@ def test_what_cannot_be_decoded_is_refused(
     tensors: Tensors, config: dict[str, object], save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A type without a decoder is a violation, never a tensor that is silently left out."""
-    from apr_core.contract import types
+    from apr_core.contract import stats
     from apr_core.errors import Unavailable
 
-    def measure(raw: object, **more: object) -> None:
-        raise Unavailable("no decoder for NVFP4", advice="upgrade it")
+    def decode(*_: object) -> None:
+        raise Unavailable("no decoder for F64", advice="upgrade it")
 
-    monkeypatch.setattr(types, "measure", measure)
+    monkeypatch.setattr(stats.codecs, "decode_bytes", decode)
+    tensors[DOWN] = tensors[DOWN].astype(np.float64)
     admission = admit(save(tensors, config))
-    assert (len(admission.violations), admission.measured) == (26, 0)
-    assert str(admission.violations[0]).endswith("no decoder for NVFP4; upgrade it")
+    assert (len(admission.violations), admission.measured) == (1, 25)
+    assert str(admission.violations[0]).endswith("no decoder for F64; upgrade it")
+
+
+def test_ctrl_c_stops_the_threads(
+    tensors: Tensors, config: dict[str, object], save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception out of the progress ends the pass: no thread is left that measures for nobody."""
+    import threading
+
+    from apr_core.contract import stats
+
+    monkeypatch.setattr(stats, "available_cores", lambda: 3)
+    monkeypatch.setattr(stats, "_BATCH", 1)
+    before = set(threading.enumerate())
+    seen: list[str] = []
+
+    def interrupt(done: int, total: int, name: str) -> None:
+        seen.append(name)
+        assert set(threading.enumerate()) > before
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        admit(save(tensors, config), progress=interrupt)
+    assert seen == [EMBEDDING]
+    assert set(threading.enumerate()) == before

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -14,9 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from apr_core.contract import stats as stats_module
-from apr_core.contract.stats import TensorStats, measure, measure_values
+from apr_core.contract.stats import TensorStats, measure, measure_all, measure_values
 from apr_core.dtypes import FORMATS
+from apr_core.errors import UsageError
+from apr_core.formats import codecs
 from apr_core.formats.checkpoint import RawTensor, TensorInfo
+from apr_core.kernels import stats as kernel
 
 
 def raw_of(dtype: str, data: np.ndarray, shape: tuple[int, ...], name: str = "t") -> RawTensor:
@@ -72,18 +79,103 @@ def test_any_values(values: np.ndarray) -> None:
     assert agrees(measure_values("t", values), values)
 
 
-def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same tensor in chunks of one row and in one chunk has the same counts and, to rounding, the same moments."""
-    values = (np.random.default_rng(2).standard_normal((50, 33)) + 5).astype(np.float32)
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "Q8_0"])
+def test_cutting_changes_nothing(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tensor in pieces of one row and in one piece has the same counts and digest, and to rounding moments."""
+    values = (np.random.default_rng(2).standard_normal((50, 96)) + 5).astype(np.float32)
     values[3, 4], values[40, 1], values[7] = np.nan, np.inf, 0
-    whole = measure(raw_of("F32", values, values.shape), spot_rows=True)
-    monkeypatch.setattr(stats_module, "CHUNK", 33)
-    rows = measure(raw_of("F32", values, values.shape), spot_rows=True)
-    for counted in ("zeros", "nans", "infs", "minimum", "maximum", "dead_rows"):
-        assert getattr(whole, counted) == getattr(rows, counted)
+    raw = raw_of(dtype, codecs.encode(values, FORMATS[dtype]), values.shape)
+    whole = measure(raw, spot_rows=True)
+    for name, small in (("CHUNK", 96), ("PIECE", 1), ("_CHUNKS", 1)):
+        monkeypatch.setattr(stats_module, name, small)
+    rows = measure(raw, spot_rows=True)
+    for counted in ("zeros", "nans", "infs", "minimum", "maximum", "dead_rows", "rows", "row_l2", "digest"):
+        assert getattr(whole, counted) == getattr(rows, counted), counted
     assert [row for row, _ in rows.row_l2] == [5, 25, 45]
-    assert rows.spot_l2 == pytest.approx(whole.spot_l2, rel=1e-6)
-    assert (rows.mean, rows.std, rows.l2) == pytest.approx((whole.mean, whole.std, whole.l2), rel=1e-6)
+    assert whole.nonfinite_scales == rows.nonfinite_scales == (2 if dtype == "Q8_0" else 0)
+    assert (rows.mean, rows.std, rows.l2) == pytest.approx((whole.mean, whole.std, whole.l2), rel=1e-12)
+
+
+def any_tensor(dtype: str, shape: tuple[int, ...], seed: int = 0) -> RawTensor:
+    """Random bytes: for every type also NaN with payloads, infinities, broken scales and subnormals."""
+    data = np.random.default_rng(seed).integers(0, 256, FORMATS[dtype].nbytes(shape), np.uint8)
+    return raw_of(dtype, data, shape)
+
+
+def shapes_of(dtype: str) -> list[tuple[int, ...]]:
+    """Whole blocks in a matrix and a vector; padded rows and odd lengths where the type can have them."""
+    block = FORMATS[dtype].block_elements
+    return [
+        (24, 2 * block),
+        (3 * block,),
+        (5, block + 7),
+        (1, 1),
+        (3, 5, block),
+        (9, 9000 if block == 1 else 36 * block),
+    ]
+
+
+@pytest.fixture
+def compiled() -> Any:
+    """The scan of the compiled path."""
+    return pytest.importorskip("apr_core.kernels.cpu.scan").scan_many
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_no_verdict_depends_on_the_path(dtype: str, compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every type, with and without numba, on one thread and on three: the same bits of every number."""
+    tensors = [
+        (any_tensor(dtype, shape, n), rows) for n, shape in enumerate(shapes_of(dtype)) for rows in (True, False)
+    ]
+    found = []
+    for scan, threads in ((kernel.scan_many, 1), (compiled, 1), (compiled, 3), (kernel.scan_many, 2)):
+        monkeypatch.setattr(kernel, "scanner", lambda nbytes, scan=scan: scan)
+        monkeypatch.setattr(stats_module, "_BATCH", 1)
+        with np.errstate(all="ignore"):
+            found.append([repr(each) for each in measure_all(tensors, threads=threads)])
+    assert found[0] == found[1] == found[2] == found[3]
+    measured = sum(each.startswith("TensorStats") for each in found[0])
+    assert measured in ((len(tensors),) if codecs.decoder_name(FORMATS[dtype]) == "apr_core" else (0, len(tensors)))
+
+
+def test_the_errors_of_one_tensor_are_its_own() -> None:
+    """A tensor that cannot be measured has its error in its place, and the others their statistics."""
+    good = any_tensor("F32", (4, 4))
+    short = RawTensor(good.info, good.data[:-4])
+    first, second, third = measure_all([(good, False), (short, True), (good, True)])
+    assert isinstance(first, TensorStats)
+    assert isinstance(third, TensorStats)
+    assert isinstance(second, UsageError)
+    assert "expected 64 bytes for F32 [4, 4], found 60" in str(second)
+    with pytest.raises(UsageError, match="found 60"):
+        measure(short)
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without numba measures all the same."""
+    monkeypatch.setitem(sys.modules, "apr_core.kernels.cpu.scan", None)
+    assert kernel.scanner(1 << 40) is kernel.scan_many
+
+
+def test_small_models_do_not_wait_for_the_compiler(pygmy: Path) -> None:
+    """The bundled model is measured before numba would be imported."""
+    code = f"import sys; from apr_core import admit; admit({str(pygmy)!r}); sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "limit"), [("BF16", (1 << 21,), 1), ("Q8_0", (1 << 21,), 4), ("TQ2_0", (1 << 21,), 4)]
+)
+def test_memory_is_bounded(dtype: str, shape: tuple[int, ...], limit: int, compiled: Any) -> None:
+    """A tensor is measured a chunk at a time, however long it is (limit in MiB)."""
+    raw = raw_of(dtype, np.zeros(FORMATS[dtype].nbytes(shape), np.uint8), shape)
+    measure(raw)
+    tracemalloc.start()
+    try:
+        measure(raw, spot_rows=True)
+        assert tracemalloc.get_traced_memory()[1] < limit << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_deviation_of_a_norm_around_one() -> None:

@@ -9,25 +9,29 @@ by a loop that is written down in LLVM's own terms: numba does not vectorise sum
 
 from __future__ import annotations
 
+import logging
 import platform
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import event
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from apr_core.kernels import stats
 from apr_core.kernels.cpu.features import instructions
+from apr_core.kernels.cpu.jit import JIT
 from apr_core.kernels.cpu.vec import read_i32
-from apr_core.kernels.stats import Limits, Part
+from apr_core.kernels.registry import Kernel, register
+from apr_core.kernels.stats import Bytes, Limits, Part, Scanned
 
 _LANES = 32
 # Bytes that are asked for ahead. The loop is long enough to starve the processor's own prefetching: without this a pass
-# ran at 0.45 of the read bandwidth of a Xeon (Sapphire Rapids), with 512 bytes at 0.56, 2048 at 0.76, 4096 to 12288 at 0.81.
+# ran at 0.45 of the read bandwidth of a Xeon (Sapphire Rapids), with 512 at 0.56, 2048 at 0.76, 4096 to 12288 at 0.81.
 _AHEAD = 4096
 _I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 _HALF, _FLOAT, _DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -145,7 +149,9 @@ def _from_half(b: Any, words: Any) -> Any:
     return b.bitcast(b.or_(scaled, b.shl(b.and_(bits, _same(ints, 0x8000)), _same(ints, 16))), floats)
 
 
-def _emit_run(b: Any, kind: _Kind, at: Any, steps: Any, sums: Any, counts: Any, lanes: Any, first: Any, zero: Any) -> None:
+def _emit_run(
+    b: Any, kind: _Kind, at: Any, steps: Any, sums: Any, counts: Any, lanes: Any, first: Any, zero: Any
+) -> None:
     """
     Write down the loop over one run of whole steps, at least one.
 
@@ -332,7 +338,7 @@ def _half_of(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), emit
 
 
-_jit: Callable[..., Any] = njit(nogil=True, cache=True, error_model="numpy")
+_jit: Callable[..., Any] = njit(**JIT)
 _F32, _F16, _BF16 = stats.F32, stats.F16, stats.BF16
 _RUN, _SMALLEST = stats.RUN, stats.SMALLEST_SQUARES
 _ZEROS, _NANS, _INFS, _LOW, _HIGH, _SUM, _SQUARES, _DEAD, _SPOT = range(9)
@@ -376,7 +382,9 @@ def _slowly(kind: Any, at: Any, count: Any, zero: Any, record: Any, lanes: Any, 
 
 
 @_jit
-def _run(kind: Any, at: Any, steps: Any, zero: Any, record: Any, sums: Any, counts: Any, digest: Any, first: Any) -> Any:
+def _run(
+    kind: Any, at: Any, steps: Any, zero: Any, record: Any, sums: Any, counts: Any, digest: Any, first: Any
+) -> Any:
     """Scan whole steps; False, and nothing recorded, when this run must be added in float64."""
     out, out_counts, lanes = sums.ctypes.data, counts.ctypes.data, digest.ctypes.data
     if kind == _F32:
@@ -490,3 +498,106 @@ def scan_many(parts: Sequence[Part], limits: Limits) -> list[tuple[NDArray[np.fl
 
 
 _zero_codes = cache(stats.zero_codes)
+
+
+class _Notice(event.Listener):
+    """Says once that something is being compiled, before the seconds that it takes."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def on_start(self, _event: Any) -> None:
+        """Hear of the start of one function; there are twenty."""
+        if not self.said:
+            logging.getLogger("apr_core").warning("compiling the scan (once; later starts load it from the cache)")
+        self.said = True
+
+    def on_end(self, _event: Any) -> None:
+        """Nothing to say."""
+
+
+@cache
+def prepare() -> None:
+    """Compile the scan, or load it from the cache, before threads ask for it."""
+    with event.install_listener("numba:compile", _Notice()):
+        scan_many([Part(_BF16, np.zeros(64, np.uint8), 1, 32)], Limits(0.0, 0.0))
+
+
+def _examples(kind: int) -> Iterator[tuple[Bytes, int, int]]:
+    """
+    Stored elements, rows and columns: odd lengths around a step and a run, at an odd address.
+
+    Healthy values; NaN with payloads, infinities, both zeros and subnormals among them; values around 1; values whose
+    squares vanish or overflow in float32.
+    """
+    random = np.random.default_rng(kind)
+    shapes = ((1, 1), (3, 63), (1, 64), (5, 896), (2, 5000), (7, 4096), (1, 4 * stats.RUN + 33), (0, 5), (5, 0))
+    for rows, columns in shapes:
+        healthy = (0.02 * random.standard_normal((rows, columns))).astype(np.float32)
+        strange = healthy.copy().reshape(-1)
+        for at, value in enumerate((np.nan, -np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, 6e-8, 1e-11, -3e38)):
+            strange[at :: 37 + 5 * at] = value
+        strange.view(np.uint32)[3::97] = 0xFF812345  # a signalling NaN with its sign and a payload
+        with np.errstate(all="ignore"):
+            for values in (
+                healthy,
+                strange,
+                np.float32(1) + healthy / np.float32(64),
+                np.full(healthy.shape, 0.02, np.float32),
+                healthy * np.float32(1e-30),
+                healthy * np.float32(1e25),
+            ):
+                yield _unaligned(_encoded(kind, values)), rows, columns
+
+
+def _encoded(kind: int, values: NDArray[np.float32]) -> Bytes:
+    flat = np.ascontiguousarray(values).reshape(-1)
+    if kind == stats.F16:
+        return flat.astype(np.float16).view(np.uint8)
+    return flat.view(np.uint8) if kind == stats.F32 else (flat.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+
+
+def _unaligned(data: Bytes) -> Bytes:
+    """Copy to an odd address, as a SafeTensors header of odd length leaves a tensor."""
+    room = np.empty(data.size + 1, np.uint8)
+    room[1:] = data
+    return room[1:]
+
+
+def _record(
+    scanner: Callable[[Sequence[Part], Limits], list[Scanned]], kind: int
+) -> Callable[..., NDArray[np.float64]]:
+    def run(data: Bytes, rows: int, columns: int) -> NDArray[np.float64]:
+        part = Part(kind, data, rows, columns, 2, (2, 3, 6))
+        return scanner([part], Limits(1e-10, 1e-6))[0][0]
+
+    return run
+
+
+def _digest(scanner: Callable[[Sequence[Part], Limits], list[Scanned]]) -> Callable[..., NDArray[np.uint64]]:
+    def run(kind: int, data: Bytes, rows: int, columns: int) -> NDArray[np.uint64]:
+        # taken with the scan where rows are whole stripes, behind it where they are not or another piece is meant
+        whole = Part(kind, data, rows, columns, 0, (), data, 5)
+        shifted = Part(kind, data, rows, columns, 0, (), data[3:], 6)
+        return np.stack([lanes for _, lanes in scanner([whole, shifted], Limits(1e-10, 1e-6))])
+
+    return run
+
+
+for _name, _code in stats.KINDS.items():
+    _reference = _record(stats.scan_many, _code)
+    register(
+        Kernel("scan", _name, "cpu", "numba", "exact", _record(scan_many, _code), _reference, partial(_examples, _code))
+    )
+register(
+    Kernel(
+        "digest",
+        "any",
+        "cpu",
+        "numba",
+        "exact",
+        _digest(scan_many),
+        _digest(stats.scan_many),
+        lambda: ((kind, *example) for kind in stats.KINDS.values() for example in _examples(kind)),
+    )
+)
