@@ -23,8 +23,11 @@ layers:  ## import-linter
 test:  ## unit tests with branch coverage
 	$(PY)pytest -q -m "not slow and not browser" --cov
 
-attacks:  ## hostile files
+attacks:  ## hostile files, and 2,000 damaged ones
 	$(PY)pytest -q tests/attacks
+
+attacks-long:  ## 200,000 damaged files (minutes)
+	$(PY)python -m tests.attacks.mutants 200000
 
 notebooks:  ## run the committed notebooks again and keep their outputs
 	$(PY)python ci/refresh_notebooks.py
@@ -50,4 +53,4 @@ test-browser:  ## the last report and the notebooks in a real browser
 clean:  ## caches
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
-.PHONY: help setup fmt lint types layers test attacks notebooks report size check slow bench-reference test-browser clean
+.PHONY: help setup fmt lint types layers test attacks attacks-long notebooks report size check slow bench-reference test-browser clean

@@ -26,7 +26,7 @@ from apr_core.formats.apr_unrunnable import refuse_v1
 from apr_core.formats.checkpoint import Contents, Gap, MappedFile, TensorInfo, TensorSource, map_file
 from apr_core.formats.shards import MAX_PARTS, require_once, safe_shard, sibling_paths
 from apr_core.formats.sink import refuse_type, replacing, require_unique
-from apr_core.formats.spans import align_up, find_gaps, require_extent
+from apr_core.formats.spans import align_up, find_gaps, is_addressable, require_extent
 from apr_core.formats.strict_json import parse_object
 
 ALIGNMENT = 64
@@ -348,6 +348,8 @@ def _read_entry(file: MappedFile, header: _Header, block: bytes, at: int) -> tup
     if n_dims > MAX_DIMS:
         raise _wrong(file, f"at most {MAX_DIMS} dimensions", f"{n_dims}", place, name)
     shape = struct.unpack_from(f"<{n_dims}Q", block, at + 2)
+    if not is_addressable(shape):
+        raise _wrong(file, "a shape that an array can have", f"{list(shape)!r:.80}", place, name)
     offset, size = struct.unpack_from("<QQ", block, at + 2 + 8 * n_dims)
     dtype = _dtype(file, kind, shape, size, name, place)
     info = TensorInfo(names.apr_canonical(name), dtype, shape, file.path, header.data_at + offset, size, name)

@@ -9,8 +9,6 @@ format (its ratio cannot exceed 255); RFC 8878.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from apr_core.errors import AprError, FormatError, Unavailable
 from apr_core.formats.checkpoint import MappedFile
 from apr_core.formats.strict_json import parse_object
@@ -19,7 +17,7 @@ LZ4, ZSTD = 0x0001, 0x0002
 MAX_RATIO = 255
 FLOOR_BYTES = 8 << 20
 MAX_WINDOW_BYTES = 1 << 26  # a Zstandard frame may ask for memory of its own; level 21 asks for this much
-_PIECE = 1 << 8  # bytes fed at a time: at most 8 MiB come out of them (128 KiB for each block of 4 bytes)
+_PIECES = (64, 4096)  # least and most bytes fed at a time
 _AGAIN = "write it again without compression, or get a fresh copy of the file"
 
 
@@ -94,21 +92,20 @@ def _unpack_zstd(file: MappedFile, packed: memoryview, start: int) -> bytearray:
     except ImportError as error:
         raise Unavailable(f"{file.path} is compressed with Zstandard", advice="pip install zstandard") from error
     stream = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
-    image, most = bytearray(), _limit(packed)
-    for at, piece in _pieces(packed):
+    image, most, at = bytearray(), _limit(packed), 0
+    while at < packed.nbytes:
+        # Four bytes make up to 128 KiB: what is fed grows with what may still come out.
+        piece = packed[at : at + min(_PIECES[1], max(_PIECES[0], (most - len(image)) >> 15))]
         try:
             image += stream.decompress(piece)
         except zstandard.ZstdError as error:
             raise _wrong(file, "a Zstandard frame", f"damaged data ({error})", start + at) from error
+        at += piece.nbytes
         if len(image) > most:
             raise _wrong(file, f"at most {most} bytes of {packed.nbytes}", "more: it expands beyond all measure", start)
         if stream.eof:
-            behind = packed.nbytes - at - len(piece) + len(stream.unused_data)
+            behind = packed.nbytes - at + len(stream.unused_data)
             if behind:
                 raise _wrong(file, "one Zstandard frame", f"{behind} bytes behind it", file.size - behind)
             return image
     raise _wrong(file, "a whole Zstandard frame", "the end of the file: it is truncated", file.size)
-
-
-def _pieces(packed: memoryview) -> Iterator[tuple[int, memoryview]]:
-    return ((at, packed[at : at + _PIECE]) for at in range(0, packed.nbytes, _PIECE))

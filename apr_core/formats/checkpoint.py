@@ -254,7 +254,7 @@ def read_companion(path: Path, most: int = MAX_COMPANION_BYTES) -> bytes:
             raise FormatError(
                 expected=f"at most {most} bytes", found=f"{size}", file=path, advice="get a fresh copy of the file"
             )
-        return stream.read(most)
+        return stream.read(size)  # not of the limit: the buffer is allocated before the first byte
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from apr_core.formats.checkpoint import Contents, MappedFile, TensorInfo, Tensor
 from apr_core.formats.shards import safe_shard
 from apr_core.formats.sink import refuse_type, replacing, require_unique
 from apr_core.formats.sniff import MAX_SAFETENSORS_HEADER, sniff
-from apr_core.formats.spans import find_gaps, require_extent
+from apr_core.formats.spans import find_gaps, is_addressable, require_extent
 from apr_core.formats.strict_json import parse_object
 
 _FRESH = "get a fresh copy of the file"
@@ -184,6 +184,8 @@ def _read_entry(name: str, entry: object, file: MappedFile, start: int) -> Tenso
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_counts(shape):
         raise wrong("a shape of non-negative integers", shape)
+    if not is_addressable(shape):
+        raise wrong("a shape that an array can have", shape)
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise wrong("data_offsets as two integers, begin <= end", offsets)
     begin, end = offsets

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 from apr_core.errors import FormatError
 from apr_core.formats.checkpoint import Gap, TensorInfo
+
+MAX_AXES = 64  # numpy's limit, and torch's
+MAX_ELEMENTS = 1 << 59  # eight bytes each fill the address space
 
 
 def find_gaps(tensors: Sequence[TensorInfo], *, file: Path, start: int, stop: int, alignment: int) -> tuple[Gap, ...]:
@@ -60,6 +64,11 @@ def require_extent(tensors: Sequence[TensorInfo], *, file: Path, stop: int) -> N
         at=last.offset,
         advice="download it again",
     )
+
+
+def is_addressable(shape: Sequence[int]) -> bool:
+    """Tell whether an array can have a shape: zero elements do not excuse axes that no index reaches."""
+    return len(shape) <= MAX_AXES and prod(max(1, extent) for extent in shape) < MAX_ELEMENTS
 
 
 def align_up(value: int, alignment: int) -> int:

@@ -32,9 +32,9 @@ def test_refused(attack: Attack, tmp_path: Path) -> None:
 
 
 def test_quick_and_small(tmp_path: Path) -> None:
-    """No refusal takes 50 ms or 50 MB: counts are checked against the file before they size anything."""
+    """No refusal takes 50 ms or 50 MB of Python's memory: counts are checked before they size anything."""
     path = tmp_path / "model.bin"
-    slow = {}
+    slow, large = {}, {}
     for attack in (attack for attacks in ATTACKS.values() for attack in attacks):
         path.write_bytes(attack.data)
         taken = []
@@ -45,15 +45,14 @@ def test_quick_and_small(tmp_path: Path) -> None:
             taken.append(time.perf_counter() - start)
         if not min(taken) < 0.05:
             slow[attack.id] = min(taken)
-    assert slow == {}
-    tracemalloc.start()
-    for attack in (attack for attacks in ATTACKS.values() for attack in attacks):
-        path.write_bytes(attack.data)
+        tracemalloc.start()
         with pytest.raises(FormatError):
             open_checkpoint(path)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 50 << 20
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        if not peak < 50 << 20:
+            large[attack.id] = peak
+    assert (slow, large) == ({}, {})
 
 
 def test_files_are_small() -> None:

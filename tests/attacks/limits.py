@@ -1,0 +1,80 @@
+"""
+Open every hostile file in a process that may take 100 MB and a second for each, and say what happened.
+
+Run as a module (the tests do, in a process of its own: the limit would stay): prints one JSON object, id to
+``[outcome, seconds]``. The limit is one of address space, so that what C libraries allocate counts as well.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from apr_core.errors import AprError
+from apr_core.formats.checkpoint import open_checkpoint
+
+SECONDS, MEGABYTES = 1.0, 100
+
+
+def limit_memory(megabytes: int = MEGABYTES) -> None:
+    """Let this process have no more address space than it has now, and so many megabytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + (megabytes << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def timed_out(*_: object) -> None:
+    """End a hang (the handler of SIGALRM)."""
+    raise TimeoutError("a hang")
+
+
+def tried(act: Callable[[], object]) -> tuple[str, float]:
+    """Do something; returns the name of what it raised, or ``opened``, and the seconds."""
+    signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
+    start = time.perf_counter()
+    try:
+        act()
+        outcome = "opened"
+    except AprError as error:
+        outcome = f"AprError {error.exit_code}"
+    except Exception as error:
+        outcome = type(error).__name__
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return outcome, round(time.perf_counter() - start, 4)
+
+
+def main() -> None:
+    """Run as a program."""
+    from tests.attacks.build import VALID
+    from tests.attacks.hostile import ATTACKS, PACKED
+
+    signal.signal(signal.SIGALRM, timed_out)
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "model.bin"
+        for data in (*VALID.values(), *PACKED.values()):  # what opening imports is imported before the limit
+            path.write_bytes(data)
+            open_checkpoint(path)
+        limit_memory()
+        found: dict[str, tuple[str, float]] = {}
+        for kind, attacks in ATTACKS.items():
+            for attack in attacks:
+                path.write_bytes(attack.data)
+                found[f"{kind}-{attack.id}"] = tried(lambda: open_checkpoint(path))
+        with path.open("wb") as stream:
+            stream.write(VALID["gguf"])
+            stream.truncate(1 << 42)
+        found["huge-hole"] = tried(lambda: open_checkpoint(path))
+    # What the limits are for: both must be noticed, or nothing above means anything.
+    found["control-memory"] = tried(lambda: bytearray((MEGABYTES + 10) << 20))
+    found["control-time"] = tried(lambda: time.sleep(1.1 * SECONDS))
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
