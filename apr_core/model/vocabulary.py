@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apr_core.errors import FormatError, LoadError, ReadWriteError
-from apr_core.formats.checkpoint import Checkpoint
+from apr_core.errors import FormatError, LoadError
+from apr_core.formats.checkpoint import Checkpoint, read_companion
 from apr_core.formats.strict_json import parse_object
 from apr_core.model.config import token_ids
 
@@ -223,7 +223,7 @@ def _template_of(folder: Path, settings: Mapping[str, object]) -> str | None:
     """Find the template: its own file wins, as in transformers; of several named ones the default is taken."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return _read_bytes(path).decode("utf-8", "replace")
+        return read_companion(path).decode("utf-8", "replace")
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
@@ -257,14 +257,7 @@ def _strings(value: object, what: str, path: Path) -> list[str]:
 def _read_json(path: Path) -> dict[str, object] | None:
     if not path.is_file():
         return None
-    return parse_object(_read_bytes(path), file=path, what=path.name, at=0)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ReadWriteError(f"cannot read {path}: {error.strerror}", advice="check its permissions") from error
+    return parse_object(read_companion(path), file=path, what=path.name, at=0)
 
 
 def _malformed(path: Path, expected: str, found: str) -> FormatError:
