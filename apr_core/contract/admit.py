@@ -17,7 +17,7 @@ from apr_core.contract.gates import (
     needs_spot_rows,
     undecodable,
 )
-from apr_core.contract.layout import EMBEDDING, HEAD, Geometry, expected_tensors, layer_of, read_geometry, role_of
+from apr_core.contract.layout import EMBEDDING, HEAD, Geometry, expected_tensors, read_geometry, role_of
 from apr_core.contract.stats import TensorStats, measure_all
 from apr_core.contract.types import ADMIT, Admission
 from apr_core.errors import LoadError
@@ -90,8 +90,8 @@ def _judged(checkpoint: Checkpoint, geometry: Geometry | None) -> list[str]:
 
 
 def _beyond(name: str, geometry: Geometry | None) -> bool:
-    """Return whether a tensor belongs to a layer past the last: a violation, not an extra."""
-    return geometry is not None and role_of(name) is not None and (layer_of(name) or 0) >= geometry.num_hidden_layers
+    """Return whether a tensor is of a layer past the last, or switched off: a violation, not an extra."""
+    return geometry is not None and role_of(name) in geometry.architecture.roles
 
 
 def _measure(

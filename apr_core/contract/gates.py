@@ -14,10 +14,21 @@ from importlib import resources
 from math import isnan, nan
 from typing import TYPE_CHECKING
 
-from apr_core.contract.layout import EMBEDDING, HEAD, KINDS, Geometry, Role, expected_tensors, layer_of, role_of
+from apr_core.contract.layout import (
+    EMBEDDING,
+    HEAD,
+    KINDS,
+    UNKNOWN,
+    Geometry,
+    Role,
+    expected_tensors,
+    layer_of,
+    role_of,
+)
 from apr_core.contract.plausible import CONFIG_RULES, embedded_tokens
 from apr_core.contract.tied import values_beyond
 from apr_core.errors import AprError
+from apr_core.formats.architectures import load_architectures
 
 if TYPE_CHECKING:
     from apr_core.contract.stats import TensorStats
@@ -44,6 +55,8 @@ class Gate:
         waivable: Whether the explicit bypass may run a model in spite of it.
         says: The message, with ``{measured}`` and ``{limit}``.
         source: Where rule and limit come from.
+        families: Architectures that the row is for; all when empty.
+        absent: Whether a value that the config does not state is ``legal`` or ``fails``.
     """
 
     id: str
@@ -57,6 +70,8 @@ class Gate:
     waivable: bool
     says: str
     source: str
+    families: tuple[str, ...] = ()
+    absent: str = "legal"
 
     def holds(self, measured: float) -> bool:
         """Return whether a value passes; written so that NaN fails."""
@@ -123,7 +138,6 @@ class GateTable:
         spot_percent: Where in the vocabulary the spot rows lie.
         dead_row_l2: Norm below which a row is dead.
         ternary: Types whose zeros are counted by whole blocks.
-        integers: Types that hold no weights.
     """
 
     version: int
@@ -132,7 +146,6 @@ class GateTable:
     spot_percent: tuple[int, ...]
     dead_row_l2: float
     ternary: tuple[str, ...]
-    integers: tuple[str, ...]
 
     def select(self, rule: str, kind: str) -> Iterator[Gate]:
         """Yield the rows of one rule that apply to a kind."""
@@ -166,12 +179,15 @@ def parse_gates(text: str) -> GateTable:
     table = tomllib.loads(text)
     gates = []
     for row in table["gate"]:
-        gate = Gate(**{**row, "applies_to": tuple(row["applies_to"]), "exempt": tuple(row["exempt"])})
+        lists = {key: tuple(row[key]) for key in ("applies_to", "exempt", "families") if key in row}
+        gate = Gate(**{**row, **lists})
         kinds = (*gate.applies_to, *gate.exempt)
         if gate.rule not in RULES or gate.direction not in ("at_most", "at_least") or not gate.applies_to:
             raise ValueError(f"gate {gate.id}: rule {gate.rule!r}, {gate.direction!r}, applies to {gate.applies_to}")
         if len(set(kinds)) != len(kinds) or not set(kinds) <= {*KINDS, "model", "config", "file", "generation"}:
             raise ValueError(f"gate {gate.id}, {gate.rule}: kinds {kinds}")
+        if not set(gate.families) <= set(load_architectures()) or gate.absent not in ("legal", "fails"):
+            raise ValueError(f"gate {gate.id}, {gate.rule}: families {gate.families}, absent {gate.absent!r}")
         gates.append(gate)
     measure = table["measure"]
     return GateTable(
@@ -181,7 +197,6 @@ def parse_gates(text: str) -> GateTable:
         spot_percent=tuple(measure["spot_percent"]),
         dead_row_l2=float(measure["dead_row_l2"]),
         ternary=tuple(measure["ternary"]),
-        integers=tuple(measure["integers"]),
     )
 
 
@@ -210,7 +225,16 @@ _TENSOR_RULES: Mapping[str, tuple[Callable[[TensorStats], float], Callable[[Tens
     "spot_l2": (lambda s: s.spot_l2, _spot_detail),
     "dead_row_percent": (lambda s: s.dead_row_percent, lambda s: f"{s.dead_rows} of {s.rows} rows"),
 }
-_LAYOUT_RULES = ("shape", "byte_difference", "element_type", "head_differs", "missing", "beyond", "config_keys")
+_LAYOUT_RULES = (
+    "shape",
+    "byte_difference",
+    "element_type",
+    "head_differs",
+    "missing",
+    "beyond",
+    "switched_off",
+    "config_keys",
+)
 _FILE_RULES = ("unexplained_bytes", "padding_run")
 
 
@@ -259,8 +283,8 @@ def judge_span(info: TensorInfo, role: Role, shape: tuple[int, ...]) -> list[Vio
     for gate in table.select("shape", role.kind):
         found += gate.judge(info.name, _differing(info.shape, shape), message=_shape_message(info.shape, shape))
     for gate in table.select("element_type", role.kind):
-        wrong = info.dtype.name in table.integers
-        found += gate.judge(info.name, int(wrong), message=f"stored as {info.dtype}, which holds no weights")
+        message = f"stored as {info.dtype}, which a tensor of the kind {role.kind} may not be"
+        found += gate.judge(info.name, int(info.dtype.name not in role.types), message=message)
     for gate in table.select("byte_difference", role.kind):
         demanded = info.dtype.nbytes(info.shape)
         detail = f"{info.nbytes} stored, {demanded} demanded by {info.dtype} {list(info.shape)}"
@@ -300,13 +324,14 @@ def _shape_message(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
 
 
 def judge_names(tensors: Mapping[str, TensorInfo], geometry: Geometry) -> list[Violation]:
-    """Judge that every tensor of the model is there, and that none belongs to a layer past the last."""
+    """Judge that every tensor of the model is there, and that none is of a layer past the last, or switched off."""
     table, expected = load_gates(), expected_tensors(geometry)
+    known = {name: role_of(name) for name in sorted(tensors)}
+    mine = geometry.architecture
+    off = tuple(n for n, role in known.items() if role in mine.roles and geometry.role_of(n) is None)
     missing = tuple(name for name in expected if name not in tensors)
     # a known tensor of layer 24 in a model of 24 layers: the config is another model's
-    beyond = tuple(
-        sorted(n for n in tensors if role_of(n) is not None and (layer_of(n) or 0) >= geometry.num_hidden_layers)
-    )
+    beyond = tuple(n for n in known if geometry.role_of(n) and (layer_of(n) or 0) >= geometry.num_hidden_layers)
     found = list[Violation]()
     if missing:
         of = f"{len(missing)} of {len(expected)} tensors missing: {_listed(missing)}"
@@ -314,12 +339,17 @@ def judge_names(tensors: Mapping[str, TensorInfo], geometry: Geometry) -> list[V
     if beyond:
         of = f"{len(beyond)} tensors past the {geometry.num_hidden_layers} layers of the config: {_listed(beyond)}"
         found += table.one("beyond").judge(beyond[0], len(beyond), message=of, names=beyond)
+    if off:
+        keys = ", ".join(sorted(set(mine.when.values())))
+        of = f"{len(off)} tensors that the config switches off ({keys} is not true): {_listed(off)}"
+        found += table.one("switched_off").judge(off[0], len(off), message=of, names=off)
     return found
 
 
 def judge_keys(problems: tuple[str, ...]) -> list[Violation]:
     """Refuse a model whose config does not state its sizes; `problems` as `layout.read_geometry` words them."""
-    message = f"the config {', '.join(problems)}; put the model's own config.json beside it"
+    advice = "" if problems[0].startswith(UNKNOWN) else "; put the model's own config.json beside it"
+    message = f"the config {', '.join(problems)}{advice}"
     return load_gates().one("config_keys").judge("", len(problems), message=message, names=problems)
 
 
@@ -333,7 +363,7 @@ def _judge_tied_head(checkpoint: Checkpoint, geometry: Geometry) -> list[Violati
     role = role_of(HEAD)
     assert role is not None
     info, other = checkpoint.tensors[HEAD], checkpoint.tensors.get(EMBEDDING)
-    found = judge_span(info, role, role.shape(geometry))
+    found = judge_span(info, role, geometry.shape_of(role))
     if found or other is None or other.shape != info.shape or other.nbytes != other.dtype.nbytes(other.shape):
         return found
     try:
@@ -350,14 +380,14 @@ RULES: frozenset[str] = frozenset([*_TENSOR_RULES, *_LAYOUT_RULES, *_FILE_RULES,
 
 
 def judge_config(checkpoint: Checkpoint, geometry: Geometry) -> list[Violation]:
-    """Judge that the config is one that a Qwen2 can have, and that its vocabulary fits the embedding."""
+    """Judge that the config is one that its architecture can have, and that its vocabulary fits the embedding."""
     config = checkpoint.config or {}
     found = list[Violation]()
     for gate in load_gates().gates:
-        if gate.rule in CONFIG_RULES:
+        if gate.rule in CONFIG_RULES and (not gate.families or geometry.family in gate.families):
             value = CONFIG_RULES[gate.rule](config, geometry)
-            if value is not None:  # absent is legal where the rule says so
-                found += gate.judge("", value)
+            if value is not None or gate.absent == "fails":
+                found += gate.judge("", nan if value is None else value)
     return found + _judge_vocabulary(checkpoint, geometry)
 
 

@@ -1,97 +1,56 @@
 """
-The layout contract of Qwen2: which tensors there are, what each is for, and its shape.
+The layout contract: which tensors a model has by its architecture and its sizes, and their shapes.
 
-Source: the tensor-layout contract v1 (2.0.0) of APR, and the Hugging Face implementation of Qwen2 for the three biases,
-which that table leaves out. Shapes are row-major, [out, in]; names are those of Hugging Face.
+The roles and their names stand in formats/architectures.toml. Shapes are row-major, [out, in]; names are those of
+Hugging Face.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from apr_core.errors import LoadError
+from apr_core.formats.architectures import KINDS, LAYER, Architecture, Kind, Role, load_architectures
+from apr_core.formats.architectures import find_role as role_of
 
-Kind = Literal["embedding", "head", "weight", "norm", "bias"]
-KINDS: tuple[Kind, ...] = ("embedding", "head", "weight", "norm", "bias")
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "KINDS",
+    "UNKNOWN",
+    "Geometry",
+    "Kind",
+    "Role",
+    "expected_tensors",
+    "layer_of",
+    "read_geometry",
+    "role_of",
+]
 
 # A config that asks for more is not a model: without the limit `num_hidden_layers: 10**9` would list names for hours.
 MOST_LAYERS = 1000
 MOST_UNITS = 2**31
-
-
-@dataclass(frozen=True)
-class Role:
-    """
-    What a tensor is for.
-
-    Attributes:
-        name: The short name, e.g. ``q_proj``.
-        pattern: The Hugging Face name, ``{n}`` standing for the layer.
-        dims: The shape in letters: H hidden, V vocabulary, I intermediate, A heads * head_dim, K key-value heads *
-            head_dim.
-        kind: Which gates apply; ``norm`` and ``bias`` are the vectors, ``head`` is the output matrix.
-        required: False for the one tensor that a tied model need not store.
-    """
-
-    name: str
-    pattern: str
-    dims: tuple[str, ...]
-    kind: Kind
-    required: bool = True
-
-    @property
-    def per_layer(self) -> bool:
-        """True when every layer has one."""
-        return "{n}" in self.pattern
-
-    def shape(self, geometry: Geometry) -> tuple[int, ...]:
-        """The shape that a geometry demands."""
-        return tuple(geometry.letters[letter] for letter in self.dims)
-
-
-_LAYER = "model.layers.{n}."
-ROLES: tuple[Role, ...] = (
-    Role("embedding", "model.embed_tokens.weight", ("V", "H"), "embedding"),
-    Role("input_layernorm", _LAYER + "input_layernorm.weight", ("H",), "norm"),
-    Role("q_proj", _LAYER + "self_attn.q_proj.weight", ("A", "H"), "weight"),
-    Role("q_bias", _LAYER + "self_attn.q_proj.bias", ("A",), "bias"),
-    Role("k_proj", _LAYER + "self_attn.k_proj.weight", ("K", "H"), "weight"),
-    Role("k_bias", _LAYER + "self_attn.k_proj.bias", ("K",), "bias"),
-    Role("v_proj", _LAYER + "self_attn.v_proj.weight", ("K", "H"), "weight"),
-    Role("v_bias", _LAYER + "self_attn.v_proj.bias", ("K",), "bias"),
-    Role("o_proj", _LAYER + "self_attn.o_proj.weight", ("H", "A"), "weight"),
-    Role("post_attention_layernorm", _LAYER + "post_attention_layernorm.weight", ("H",), "norm"),
-    Role("gate_proj", _LAYER + "mlp.gate_proj.weight", ("I", "H"), "weight"),
-    Role("up_proj", _LAYER + "mlp.up_proj.weight", ("I", "H"), "weight"),
-    Role("down_proj", _LAYER + "mlp.down_proj.weight", ("H", "I"), "weight"),
-    Role("final_norm", "model.norm.weight", ("H",), "norm"),
-    Role("lm_head", "lm_head.weight", ("V", "H"), "head", required=False),
-)
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-
-_BY_PATTERN = {role.pattern: role for role in ROLES}
-# no leading zeros: `layers.01` is another name than `layers.1`, and a tensor must not have two
-_NUMBER = re.compile(r"(?<=^model\.layers\.)(0|[1-9][0-9]{0,8})(?=\.)")
-
-
-def role_of(name: str) -> Role | None:
-    """Return the role of a canonical tensor name, or None for a name outside the contract."""
-    return None if "{" in name else _BY_PATTERN.get(_NUMBER.sub("{n}", name))
+UNKNOWN = "has the architecture"  # how the problem of an unknown architecture begins
 
 
 def layer_of(name: str) -> int | None:
     """Return the layer number in a canonical tensor name, or None."""
-    found = _NUMBER.search(name)
+    found = LAYER.search(name)
     return int(found.group()) if found else None
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that a config states; whether they fit each other is judged by F-CONFIG-PLAUSIBLE-001."""
+    """
+    The sizes that a config states; whether they fit each other is judged by F-CONFIG-PLAUSIBLE-001.
+
+    Attributes:
+        family: Name of the architecture.
+        switches: Config keys that are true, of those that bring tensors with them (``attention_bias``).
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -101,6 +60,30 @@ class Geometry:
     head_dim: int
     vocab_size: int
     tied: bool
+    family: str = "qwen2"
+    switches: frozenset[str] = frozenset()
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family's roles."""
+        return load_architectures()[self.family]
+
+    def has(self, role: Role) -> bool:
+        """Return whether a model of this config must have a role of its architecture."""
+        if role.kind == "head":
+            return not self.tied
+        key = self.architecture.when.get(role.name)
+        return key is None or key in self.switches
+
+    def role_of(self, name: str) -> Role | None:
+        """Return the role of a tensor name in this model: the head's even when tied; None for what has no role."""
+        role = role_of(name)
+        known = role is not None and role in self.architecture.roles
+        return role if role is not None and known and (role.kind == "head" or self.has(role)) else None
+
+    def shape_of(self, role: Role) -> tuple[int, ...]:
+        """Return the shape that a role demands here."""
+        return tuple(self.letters[letter] for letter in role.shape)
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> Geometry:
@@ -120,24 +103,32 @@ class Geometry:
 
     @property
     def letters(self) -> dict[str, int]:
-        """The dimensions by the letters that `Role.dims` uses."""
+        """The dimensions by the letters of the table."""
         return {
             "H": self.hidden_size,
             "V": self.vocab_size,
             "I": self.intermediate_size,
             "A": self.num_attention_heads * self.head_dim,
             "K": self.num_key_value_heads * self.head_dim,
+            "D": self.head_dim,
         }
 
     @property
     def tensor_count(self) -> int:
-        """12 L + 2 for a tied model, 12 L + 3 otherwise: 290 for Qwen2.5-0.5B, 339 for the 7B."""
-        return 12 * self.num_hidden_layers + (2 if self.tied else 3)
+        """How many tensors there must be: of a Qwen2 12 L + 2 when tied, 12 L + 3 otherwise (290 for the 0.5B)."""
+        return len(expected_tensors(self))
 
 
 def read_geometry(config: Mapping[str, object]) -> tuple[Geometry, tuple[str, ...]]:
     """Read the sizes that `Geometry.from_config` describes, and every problem; with problems the sizes mean nothing."""
     problems: list[str] = []
+    stated = config.get("model_type")
+    family = load_architectures().get(stated) if isinstance(stated, str) else None
+    if stated is None:
+        problems.append("lacks model_type")
+    elif family is None:
+        known = "; ".join(f"{name} ({one.says})" for name, one in load_architectures().items())
+        problems.append(f"{UNKNOWN} {str(stated)[:40]!r}, of which nothing is known here; known are {known}")
     hidden = _size(config, "hidden_size", problems)
     heads = _size(config, "num_attention_heads", problems)
     tied = config.get("tie_word_embeddings")
@@ -152,6 +143,8 @@ def read_geometry(config: Mapping[str, object]) -> tuple[Geometry, tuple[str, ..
         head_dim=_size(config, "head_dim", problems, default=max(1, hidden // heads)),
         vocab_size=_size(config, "vocab_size", problems),
         tied=tied is True,
+        family=family.name if family else "qwen2",
+        switches=frozenset(key for key in (family.when.values() if family else ()) if config.get(key) is True),
     )
     return geometry, tuple(problems)
 
@@ -175,13 +168,12 @@ def _size(
 def expected_tensors(geometry: Geometry) -> dict[str, tuple[Role, tuple[int, ...]]]:
     """List every tensor that must be there, in the order of the model, with its role and shape."""
     expected: dict[str, tuple[Role, tuple[int, ...]]] = {}
-    layer = [role for role in ROLES if role.per_layer]
-    first, last = ROLES[0], ROLES[-2:]
-    expected[first.pattern] = (first, first.shape(geometry))
-    for n in range(geometry.num_hidden_layers):
-        for role in layer:
-            expected[role.pattern.format(n=n)] = (role, role.shape(geometry))
-    for role in last:
-        if role.required or not geometry.tied:
-            expected[role.pattern] = (role, role.shape(geometry))
+    roles = [role for role in geometry.architecture.roles if geometry.has(role)]
+    layer = [role for role in roles if role.per_layer]
+    for role in roles:
+        if role is layer[0]:  # the roles of a layer stand together
+            for n in range(geometry.num_hidden_layers):
+                expected |= {one.hf.replace("{n}", str(n)): (one, geometry.shape_of(one)) for one in layer}
+        elif not role.per_layer:
+            expected[role.hf] = (role, geometry.shape_of(role))
     return expected

@@ -33,12 +33,6 @@ def _remainder_of_hidden(config: Mapping[str, object], geometry: Geometry) -> fl
     return None if config.get("head_dim") is not None else geometry.hidden_size % geometry.num_attention_heads
 
 
-def _rope_theta(config: Mapping[str, object], geometry: Geometry) -> float:
-    # absent is not legal here: every reader would put its own default in, and the common one is the wrong one
-    theta = _stated(config, "rope_theta")
-    return nan if theta is None else theta
-
-
 def _end_tokens_outside(config: Mapping[str, object], geometry: Geometry) -> float | None:
     stated = config.get("eos_token_id")
     if stated is None:  # legal: a base model may leave it to the tokenizer's files
@@ -49,7 +43,7 @@ def _end_tokens_outside(config: Mapping[str, object], geometry: Geometry) -> flo
 
 
 CONFIG_RULES: Mapping[str, Callable[[Mapping[str, object], Geometry], float | None]] = {
-    "rope_theta_low": _rope_theta,
+    "rope_theta_low": lambda config, _: _stated(config, "rope_theta"),
     "rope_theta_high": lambda config, _: _stated(config, "rope_theta"),
     "rms_norm_eps_low": lambda config, _: _stated(config, "rms_norm_eps"),
     "rms_norm_eps_high": lambda config, _: _stated(config, "rms_norm_eps"),

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apr_core.contract.gates import Violation, judge_span, judge_tensor, load_gates, needs_spot_rows, undecodable
-from apr_core.contract.layout import EMBEDDING, HEAD, Geometry, Kind, Role, role_of
+from apr_core.contract.layout import EMBEDDING, HEAD, Geometry, Kind, Role
 from apr_core.contract.stats import TensorStats, measure
 from apr_core.errors import AprError, ContractViolation, UsageError
 from apr_core.formats import codecs
@@ -153,12 +153,12 @@ class _Validated:
             _closed(cls)
 
     def __post_init__(self, admission: Admission | None) -> None:
-        role = role_of(self.raw.info.name)
+        role = self.geometry.role_of(self.raw.info.name)
         if role is None or role.kind not in self.kinds:
             raise TypeError(f"{self.raw.info.name} is not for a {type(self).__name__}, which holds {self.kinds}")
         if admission is None:
             raw = owned(self.raw)
-            stats, found = inspect(raw, role, role.shape(self.geometry))
+            stats, found = inspect(raw, role, self.geometry.shape_of(role))
             if stats is None or found:
                 raise ContractViolation(raw.info.file, found)
             object.__setattr__(self, "raw", raw)
@@ -314,7 +314,7 @@ class ValidatedModel:
         made: dict[str, Validated] = {}
         for name in admission.stats:
             raw = admission.checkpoint.raw(name)
-            role = role_of(name)
+            role = admission.geometry.role_of(name)
             assert role is not None
             made[name] = _TYPES[role.kind](raw, admission.geometry, admission)
         object.__setattr__(self, "tensors", MappingProxyType(made))

@@ -1,47 +1,24 @@
 """
 Names at the border: tensor names and configuration keys of GGUF and APR, translated to Hugging Face's and back.
 
-Inside the package there are Hugging Face names alone. What is not in these tables keeps its stored name.
-Source: llama.cpp ``gguf-py/gguf/constants.py`` (LLM_KV, MODEL_TENSORS.QWEN2); the APR v2 metadata keys and the aliases
-that its readers accept.
+Inside the package there are Hugging Face names alone. Tensor names come from architectures.toml; what is not there, or
+not in the tables of keys below, keeps its stored name.
+Source: llama.cpp ``gguf-py/gguf/constants.py`` (LLM_KV); the APR v2 metadata keys and the aliases that its readers
+accept.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from functools import cache
 
 import numpy as np
 
+from apr_core.formats.architectures import LAYER, find_role, load_architectures, load_roles
 from apr_core.formats.checkpoint import TensorInfo
 
-_WHOLE_MODEL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_PER_LAYER = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_q.bias": "self_attn.q_proj.bias",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_k.bias": "self_attn.k_proj.bias",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_v.bias": "self_attn.v_proj.bias",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "attn_output.bias": "self_attn.o_proj.bias",
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-_WHOLE_MODEL_BACK = {hf: stored for stored, hf in _WHOLE_MODEL.items()}
-_PER_LAYER_BACK = {hf: stored for stored, hf in _PER_LAYER.items()}
-# ASCII digits without leading zeros: "blk.01" and Arabic-Indic digits are other names, not other spellings.
-_GGUF_LAYER = re.compile(r"blk\.(0|[1-9][0-9]*)\.(.+)", re.DOTALL)
-_HF_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)", re.DOTALL)
+_GGUF_LAYER = re.compile(r"(?<=^blk\.)(0|[1-9][0-9]{0,8})(?=\.)")
 
 # GGUF key (behind the architecture) to Hugging Face key, and the type that llama.cpp insists on.
 _GGUF_KEYS: tuple[tuple[str, str, Callable[[float], int | float]], ...] = (
@@ -92,30 +69,38 @@ _ROPE_SPLIT_HALVES = 2  # APR's number for the rotation that pairs element i wit
 
 def hf_name(stored: str) -> str:
     """Translate a GGUF tensor name; an unknown one (``rope_freqs.weight``) stays as it is."""
-    if stored in _WHOLE_MODEL:
-        return _WHOLE_MODEL[stored]
-    match = _GGUF_LAYER.fullmatch(stored)
-    if match and match.group(2) in _PER_LAYER:
-        return f"model.layers.{match.group(1)}.{_PER_LAYER[match.group(2)]}"
-    return stored
+    return _translated(stored, _GGUF_LAYER, _from_gguf())
 
 
 def gguf_name(name: str) -> str:
     """Translate a canonical name to GGUF; an unknown one stays as it is."""
-    if name in _WHOLE_MODEL_BACK:
-        return _WHOLE_MODEL_BACK[name]
-    match = _HF_LAYER.fullmatch(name)
-    if match and match.group(2) in _PER_LAYER_BACK:
-        return f"blk.{match.group(1)}.{_PER_LAYER_BACK[match.group(2)]}"
-    return name
+    role = find_role(name)
+    return name if role is None else role.gguf.replace("{n}", "".join(LAYER.findall(name)))
 
 
 def apr_canonical(stored: str) -> str:
     """Translate the three styles found in APR files: Hugging Face, the same without ``model.``, and GGUF."""
-    prefixed = f"model.{stored}"
-    if gguf_name(prefixed) != prefixed:
-        return prefixed
+    for candidate in (stored, f"model.{stored}"):
+        canonical = _translated(candidate, LAYER, _from_apr())
+        if find_role(canonical) is not None:
+            return canonical
     return hf_name(stored)
+
+
+def _translated(stored: str, layer: re.Pattern[str], table: Mapping[str, str]) -> str:
+    """Look a stored name up with its layer number taken out, and put the number back."""
+    found = table.get(layer.sub("{n}", stored)) if "{" not in stored else None
+    return stored if found is None else found.replace("{n}", "".join(layer.findall(stored)))
+
+
+@cache
+def _from_gguf() -> Mapping[str, str]:
+    return {role.gguf: role.hf for role in load_roles().values()}
+
+
+@cache
+def _from_apr() -> Mapping[str, str]:
+    return {role.apr: role.hf for role in load_roles().values()}
 
 
 def config_from_gguf(metadata: Mapping[str, object], tensors: Iterable[TensorInfo]) -> dict[str, object] | None:
@@ -155,7 +140,18 @@ def config_from_gguf(metadata: Mapping[str, object], tensors: Iterable[TensorInf
     if scaling and scaling.get("rope_type") != "none":
         config["rope_scaling"] = scaling
     config["tie_word_embeddings"] = "lm_head.weight" not in by_name
-    return config
+    return config | _switches(architecture, by_name)
+
+
+def _switches(architecture: object, present: Container[str]) -> dict[str, object]:
+    """Tell the keys that neither GGUF nor APR has, and that are true when the tensors that they stand for are there."""
+    family = load_architectures().get(architecture) if isinstance(architecture, str) else None
+    if family is None:
+        return {}
+    return {
+        key: any(role.hf.replace("{n}", "0") in present for role in family.roles if family.when.get(role.name) == key)
+        for key in set(family.when.values())
+    }
 
 
 def _vocab_size(metadata: Mapping[str, object], architecture: str, tensors: Mapping[str, TensorInfo]) -> object:
@@ -232,8 +228,9 @@ def config_from_apr(metadata: Mapping[str, object], tensor_names: Iterable[str])
     config.setdefault("hidden_act", "silu")
     if "num_attention_heads" in config:
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    config["tie_word_embeddings"] = "lm_head.weight" not in set(tensor_names)
-    return config
+    present = set(tensor_names)
+    config["tie_word_embeddings"] = "lm_head.weight" not in present
+    return config | _switches(family, present)
 
 
 def apr_metadata(config: Mapping[str, object]) -> dict[str, object]:

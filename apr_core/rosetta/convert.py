@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apr_core.dtypes import FORMATS, QuantFormat
-from apr_core.errors import LoadError, NotFound, ReadWriteError, UsageError
+from apr_core.errors import LoadError, NotFound, ReadWriteError, Unavailable, UsageError
 from apr_core.formats.apr import write_apr
+from apr_core.formats.architectures import load_architectures
 from apr_core.formats.checkpoint import Checkpoint, TensorInfo, TensorSource, open_checkpoint
 from apr_core.formats.codecs import decode, decode_rows, encode
 from apr_core.formats.gguf import write_gguf
@@ -66,6 +67,7 @@ def convert(
         UsageError: Unknown format or dtype, the target exists, or a value does not fit F16.
         LoadError: The source has no configuration, or a tokenizer that the container cannot describe.
         NotFound, FormatError, ReadWriteError: As reading and writing raise them.
+        Unavailable: Rows of this architecture lie otherwise in GGUF (Llama).
     """
     target = Path(target)
     if format not in CONTAINERS or dtype not in DTYPES or (dtype == "Q8_0" and format != "gguf"):
@@ -80,6 +82,7 @@ def convert(
             return convert(opened, target, format=format, dtype=dtype, progress=progress)
     if source.config is None:
         raise LoadError(f"no configuration for {source.path}: a copy could not say what it is", advice="add one")
+    _refuse_permuted(source, format)
     sources = [_source(source, info, target_type(source, info, format, dtype)) for info in source.tensors.values()]
     identity = carry.read_identity(source)
     if format == "gguf":
@@ -89,6 +92,17 @@ def convert(
     else:
         _write_folder(source, target, sources, carry.folder_files(source, identity, dtype), progress)
     return target
+
+
+def _refuse_permuted(source: Checkpoint, format: str) -> None:
+    """Refuse to carry rows between GGUF and another container where GGUF has them in another order."""
+    family = load_architectures().get(str((source.config or {}).get("model_type")))
+    if family is not None and family.gguf_permutes and (source.format == "gguf") != (format == "gguf"):
+        raise Unavailable(
+            f"GGUF stores the rows of {', '.join(family.gguf_permutes)} of a {family.name} in another order than "
+            f"{format if format != 'gguf' else source.format}, and the permutation is not written",
+            advice="convert it with llama.cpp",
+        )
 
 
 def target_type(checkpoint: Checkpoint, info: TensorInfo, format: str, dtype: str) -> QuantFormat:

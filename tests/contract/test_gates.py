@@ -16,10 +16,11 @@ from gguf import quants
 from apr_core.contract import gates, tied
 from apr_core.contract.admit import admit
 from apr_core.contract.gates import Gate, judge_layout, judge_span, judge_tensor, load_gates, parse_gates
-from apr_core.contract.layout import KINDS, ROLES, Geometry, Role
+from apr_core.contract.layout import KINDS, Geometry, Role
 from apr_core.contract.stats import TensorStats, measure, measure_values
 from apr_core.dtypes import FORMATS
 from apr_core.errors import Unavailable
+from apr_core.formats.architectures import load_architectures, load_roles
 from apr_core.formats.checkpoint import Checkpoint, RawTensor, TensorInfo, open_checkpoint
 
 from .conftest import CONFIG, Save, Tensors
@@ -28,6 +29,7 @@ EMBEDDING = "model.embed_tokens.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
 NORM = "model.layers.0.input_layernorm.weight"
+ROLES = load_architectures()["qwen2"].roles
 ROLE = {role.name: role for role in ROLES}
 BY_KIND: dict[str, Role] = {role.kind: role for role in ROLES}
 TABLE = load_gates()
@@ -36,6 +38,7 @@ TABLE = load_gates()
 DIGESTS = {
     1: "c2c763bf4edf67e727dbac85885357fd717653b12112d514a5d8a6d88bf7f843",
     2: "97d91aa79ae731f15384ba1355946bab8eff4f056aaf390ab46f2c57d831b84f",
+    3: "24a432b7fc528e15d1c1f8ebd089e6fc1f41bb43c8091d3889f8c28aa98be634",
 }
 
 
@@ -52,10 +55,12 @@ def found(stats: TensorStats, role: Role) -> list[tuple[str, str]]:
 
 
 def digest() -> str:
-    """Hash the canonical threshold table."""
+    """Hash the canonical tables of thresholds and of roles."""
     rows = [{k: v for k, v in vars(gate).items() if k != "source"} for gate in TABLE.gates]
     rest = {k: v for k, v in vars(TABLE).items() if k != "gates"}
-    return hashlib.sha256(json.dumps([rows, rest], sort_keys=True).encode()).hexdigest()
+    roles = [{**vars(role), "types": sorted(role.types)} for role in load_roles().values()]
+    families = [[a.name, [r.name for r in a.roles], dict(a.when)] for a in load_architectures().values()]
+    return hashlib.sha256(json.dumps([rows, rest, roles, families], sort_keys=True).encode()).hexdigest()
 
 
 def test_thresholds_change_only_with_their_version() -> None:
@@ -291,7 +296,6 @@ zero_below = 1.0
 spot_percent = [10]
 dead_row_l2 = 1.0
 ternary = []
-integers = []
 [[gate]]
 id = "G"
 rule = "l2"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from apr_core.contract.layout import KINDS, ROLES, Geometry, expected_tensors, layer_of, role_of
+from apr_core.contract.layout import KINDS, Geometry, expected_tensors, layer_of
 from apr_core.errors import LoadError
+from apr_core.formats.architectures import load_architectures
 
 from .conftest import CONFIG, LAYER
 
@@ -93,16 +94,18 @@ def test_all_missing_keys_at_once() -> None:
         ("model.layers.-1.mlp.up_proj.weight", None, None),
         ("model.layers.{n}.mlp.up_proj.weight", None, None),
         ("model.layers.0.self_attn.o_proj.bias", None, 0),
+        ("model.layers.0.self_attn.q_norm.weight", None, 0),
         ("xmodel.layers.0.mlp.up_proj.weight", None, None),
     ],
 )
 def test_roles_by_name(name: str, role: str | None, layer: int | None) -> None:
     """A layer number is digits without leading zeros; a bias that Qwen2 does not have has no role."""
-    found = role_of(name)
+    found = Geometry.from_config(CONFIG).role_of(name)
     assert (found.name if found else None, layer_of(name)) == (role, layer)
 
 
 def test_roles_are_unambiguous() -> None:
     """15 roles, each with its own name and pattern and a known kind."""
-    assert len({r.name for r in ROLES}) == len({r.pattern for r in ROLES}) == len(ROLES) == 15
-    assert {r.kind for r in ROLES} == set(KINDS)
+    roles = load_architectures()["qwen2"].roles
+    assert len({r.name for r in roles}) == len({r.hf for r in roles}) == len(roles) == 15
+    assert {r.kind for r in roles} == set(KINDS)

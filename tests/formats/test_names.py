@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from apr_core.dtypes import FORMATS
 from apr_core.formats import names
+from apr_core.formats.architectures import load_roles
 from apr_core.formats.checkpoint import TensorInfo
 
 CONFIG = {
@@ -43,14 +44,14 @@ def test_table_equals_the_gguf_package() -> None:
     """Every Hugging Face tensor of Qwen2 and Qwen3 gets the name that the gguf package's map gives it, and back."""
     mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 3)
     bare = ["model.embed_tokens", "model.norm", "lm_head"]
-    layer = [f"model.layers.2.{part.rsplit('.', 1)[0]}" for part in names._PER_LAYER_BACK]
+    layer = [role.hf.replace("{n}", "2").rsplit(".", 1)[0] for role in load_roles().values() if role.per_layer]
     for name in bare + sorted(set(layer)):
         for suffix in ("weight", "bias"):
             full = f"{name}.{suffix}"
             if names.gguf_name(full) != full:
                 assert names.gguf_name(full) == f"{mapping.get_name(name)}.{suffix}"
                 assert names.hf_name(names.gguf_name(full)) == full
-    assert len(names._PER_LAYER) == len(names._PER_LAYER_BACK) == 15
+    assert len(layer) == 15
 
 
 @given(st.text(max_size=30))
