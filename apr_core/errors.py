@@ -104,21 +104,30 @@ class FormatError(AprError):
 
 class ContractViolation(AprError):
     """
-    A readable model is refused by the contract; carries every violation at once.
+    A readable model is refused by the contract; carries every violation at once, and its message shows the first.
 
     Args:
         subject: The path of the model.
-        violations: All of them, in file order; each prints as one line that names gate, tensor, measured and limit.
+        violations: All of them, in the order of judging; each prints as one line that names gate, tensor, measured
+            value and limit.
     """
 
     exit_code = Exit.REFUTED
+    shown: ClassVar[int] = 8  # lines of the message: a zeroed model has hundreds, and the first ones name the cause
 
     def __init__(self, subject: Path | str, violations: Sequence[object]) -> None:
-        tensors = {getattr(v, "tensor", None) for v in violations}
-        lines = "\n  ".join(str(v) for v in violations)
+        count, tensors = len(violations), len({getattr(v, "tensor", None) for v in violations})
+        lines = [str(v) for v in violations[: self.shown]]
+        if count > self.shown:
+            lines.append(f"... and {count - self.shown} more")
+        listed = "\n  ".join(lines)
+        # what leaves nothing to run cannot be waived, so the bypass is named only where it helps
+        waivable = all(getattr(v, "waivable", False) for v in violations)
         super().__init__(
-            f"{subject} has {len(violations)} contract violations in {len(tensors)} tensors:\n  {lines}\n",
-            advice="look at it with `apr validate`, or get a fresh copy of the file",
+            f"{subject} has {count} contract violation{'s' * (count != 1)} in {tensors} tensor{'s' * (tensors != 1)}:"
+            f"\n  {listed}\n",
+            advice=f"see all with `apr validate {subject}`, or get a fresh copy of the file"
+            + (" (--skip-contract runs it in spite of them, and marks what comes out)" if waivable else ""),
         )
         self.subject, self.violations = str(subject), tuple(violations)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 # Tiny models gain nothing from threads, and a busy machine loses a factor of ten to their waking up.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Receipts of the tests stay with the tests.
+os.environ["APR_CACHE"] = tempfile.mkdtemp(prefix="apr-test-cache-")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,13 +9,9 @@ import typer
 from typer.core import TyperCommand
 
 from apr_core.cli import zoo
-from apr_core.cli.dispatch import admission_of
+from apr_core.cli.dispatch import SkipContract, admission_of
 from apr_core.errors import UsageError
 
-SkipContract = Annotated[
-    bool,
-    typer.Option("--skip-contract", help="Run a refused model all the same; marks every output. Diagnosis ignores it."),
-]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model file or folder, or 'pygmy'.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print strict JSON.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
@@ -55,7 +51,6 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     device: Device = "auto",
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
-    skip_contract: SkipContract = False,
 ) -> None:
     """Answer a prompt: the generated text on stdout, everything else on stderr."""
     from apr_core.cli.run import answer

@@ -3,8 +3,8 @@ The one gate before every action: what each command is, and who may start.
 
 A command is an **action** (it acts on a model, so every model it names must be admitted first), a **diagnostic** (it
 must work on a corrupt file, and gates inside, where it acts) or **none** (it takes no model, or makes one). `attach`
-puts the gate in front of every leaf of the command tree, so no command can leave it out; one without a row here does
-not start.
+puts the gate in front of every leaf of the command tree, and the gate's own options behind every action, so no command
+can leave them out; one without a row here does not start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from apr_core.errors import UsageError
 
@@ -64,9 +66,18 @@ COMMANDS: Mapping[str, CommandClass] = {
 }
 
 
+SkipContract = Annotated[
+    bool,
+    typer.Option("--skip-contract", help="Run a refused model all the same; marks every output. Diagnosis ignores it."),
+]
+Recheck = Annotated[
+    bool, typer.Option("--recheck", help="Read every weight again, whatever the receipt of an earlier start says.")
+]
+
+
 def attach(root: Any) -> Any:
     """
-    Put the gate in front of every leaf of a command tree.
+    Put the gate in front of every leaf of a command tree, and its options behind every action.
 
     Args:
         root: The click group that typer built.
@@ -75,8 +86,21 @@ def attach(root: Any) -> Any:
         The same group.
     """
     for path, leaf in leaves(root):
-        leaf.invoke = partial(_dispatch, path, leaf.invoke)
+        entry, own = COMMANDS.get(path), {param.name for param in leaf.params}
+        added = [p for p in _gate_options() if p.name not in own] if entry and entry.kind is Kind.ACTION else []
+        leaf.params.extend(added)
+        leaf.invoke = partial(_dispatch, path, leaf.invoke, frozenset(param.name for param in added))
     return root
+
+
+def _gate_options() -> list[Any]:
+    """Build the options as typer builds them, by a command that has nothing else."""
+
+    def carrier(skip_contract: SkipContract = False, recheck: Recheck = False) -> None: ...
+
+    app = typer.Typer(add_completion=False)
+    app.command()(carrier)
+    return [param for param in typer.main.get_command(app).params if param.name in ("skip_contract", "recheck")]
 
 
 def leaves(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -100,7 +124,7 @@ def admission_of(context: Any, parameter: str = "model") -> Admission:
     return admission
 
 
-def _dispatch(path: str, proceed: Any, context: Any) -> Any:
+def _dispatch(path: str, proceed: Any, added: frozenset[str], context: Any) -> Any:
     """Start a command, its models admitted first when it is an action."""
     entry = COMMANDS.get(path)
     if entry is None:
@@ -108,11 +132,16 @@ def _dispatch(path: str, proceed: Any, context: Any) -> Any:
     context.ensure_object(dict)
     # beside the bypass that stands before the command, the one behind it counts as well
     skip = bool(context.obj.get("skip_contract")) or bool(context.params.get("skip_contract"))
+    recheck = bool(context.params.get("recheck"))
+    for name in added:  # they are the gate's: the command's function does not take them
+        context.params.pop(name, None)
     context.obj["skip_contract"] = skip
     if entry.kind is Kind.ACTION:
         _require_device(context.params.get("device"))  # before minutes of judging
         given = {name: context.params.get(name) for name in entry.models}
-        context.obj["admissions"] = {name: gate(str(model), skip=skip) for name, model in given.items() if model}
+        context.obj["admissions"] = {
+            name: gate(str(model), skip=skip, recheck=recheck) for name, model in given.items() if model
+        }
     return proceed(context)
 
 
@@ -125,7 +154,7 @@ def _require_device(device: str | None) -> None:
         engine_for("reference", device)
 
 
-def gate(model: str, *, skip: bool) -> Admission:
+def gate(model: str, *, skip: bool, recheck: bool = False) -> Admission:
     """
     Admit a model, or refuse to start.
 
@@ -135,12 +164,16 @@ def gate(model: str, *, skip: bool) -> Admission:
     """
     from apr_core.cli.output import note
     from apr_core.cli.progress import progress
-    from apr_core.contract.admit import admit
+    from apr_core.contract.receipt import admit_by_receipt
     from apr_core.engines.subject import resolve_model
 
     with progress("measuring") as step:
-        admission = admit(resolve_model(model), skip=skip, progress=lambda done, total, _: step(done, total))
+        admission = admit_by_receipt(
+            resolve_model(model), skip=skip, recheck=recheck, progress=lambda done, total, _: step(done, total)
+        )
     admission.require()
+    if admission.receipt is not None:
+        note("contract: admitted by receipt, which guards against accident; --recheck reads every weight")
     if skip:
         found = len(admission.violations)
         note(f"contract bypassed (--skip-contract): {found} violations are ignored; nothing can be concluded from this")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn, TypeVar, final
 
@@ -37,7 +38,7 @@ ADMIT = object()
 @dataclass(frozen=True, eq=False)
 class Admission:
     """
-    The outcome of the pre-dispatch gate for one opened file. Only `admit` builds it.
+    The outcome of the pre-dispatch gate for one opened file. Only `admit` and a receipt that holds build it.
 
     Attributes:
         checkpoint: The opened file that was judged.
@@ -47,6 +48,7 @@ class Admission:
         gate_version: Version of the gate table that judged.
         extras: Tensors outside the contract, which nothing uses (information, not a violation).
         bypassed: True for the explicit bypass; whatever is computed from it carries the mark.
+        receipt: The file that proves it (`receipt.admit_by_receipt`); None when every weight was read just now.
     """
 
     checkpoint: Checkpoint
@@ -56,6 +58,7 @@ class Admission:
     gate_version: int
     extras: tuple[str, ...] = ()
     bypassed: bool = False
+    receipt: Path | None = None
     token: InitVar[object] = None
 
     def __init_subclass__(cls) -> None:

@@ -546,11 +546,13 @@ def _metered(claim: str, plant: Callable[[], contextlib.AbstractContextManager[N
 
 @cache
 def suite_faults() -> tuple[SuiteFault, ...]:
-    """Every fault of the suite, broken meters and gates included."""
+    """Every fault of the suite, broken meters, gates and starts included."""
+    from apr_core.zoo.starts import START_FAULTS
+
     tools = (
         SuiteFault(i, what, "peers V15, V26, C7", _metered(claim, plant)) for i, what, claim, plant in broken_tools()
     )
-    return (*SUITE_FAULTS, *tools)
+    return (*SUITE_FAULTS, *tools, *START_FAULTS)
 
 
 def broken_tools() -> tuple[MeterFault, ...]:

@@ -188,7 +188,7 @@ def test_the_bypass_counts_before_and_after(
 
     from apr_core.cli import dispatch, qa, run, runner
 
-    monkeypatch.setattr(dispatch, "gate", lambda _, *, skip: seen.append(skip))
+    monkeypatch.setattr(dispatch, "gate", lambda _, *, skip, **__: seen.append(skip))
     monkeypatch.setattr(run, "answer", lambda *_, **__: 0)
     monkeypatch.setattr(qa, "examine", note)
     monkeypatch.setattr(qa, "show_examination", lambda *_, **__: 0)

@@ -12,7 +12,7 @@ from apr_core.errors import Exit
 from apr_core.falsify.claims import NOTEBOOKS
 from apr_core.falsify.finding import ACTS, Finding
 from apr_core.falsify.verdict import NotRun, Verdict
-from apr_core.zoo import suite
+from apr_core.zoo import starts, suite
 from apr_core.zoo.draft import put_together, take_apart
 
 # 1 the notebook broke, 2 refused before it began, 3 no such file, 4 a file of the run cannot be believed, 5 refuted.
@@ -45,7 +45,25 @@ def test_no_fault_of_the_suite_ends_in_success(fault, tmp_path):
     assert fault.run(tmp_path) == expected
 
 
-@pytest.mark.parametrize("fault", suite.suite_faults()[len(suite.SUITE_FAULTS) :], ids=lambda f: f.id)
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [*zip(starts.START_FAULTS, (5, 5, 5, Exit.USAGE, Exit.UNEXPECTED, Exit.UNEXPECTED), strict=True)],
+    ids=lambda value: getattr(value, "id", ""),
+)
+def test_no_action_starts_behind_its_gate(fault, code, tmp_path):
+    """A receipt of another file is judged again; a command whose row is lost or wrong does not answer."""
+    assert fault.run(tmp_path) == code
+
+
+def test_the_controls_of_the_starts_answer(tmp_path):
+    """An unchanged model is answered by its receipt; with its row in order the broken one is refused."""
+    assert starts.stale(lambda model: None)(tmp_path / "healthy") == Exit.OK
+    assert starts.ungated(lambda dispatch: {})(tmp_path / "broken") == Exit.REFUTED
+
+
+@pytest.mark.parametrize(
+    "fault", suite.suite_faults()[len(suite.SUITE_FAULTS) : -len(starts.START_FAULTS)], ids=lambda f: f.id
+)
 def test_no_broken_meter_ends_in_success(fault, tmp_path):
     """Throughput that was not measured, or of other tokens, is refuted by its claim or left undecided."""
     assert fault.run(tmp_path) in (Exit.REFUTED, Exit.INCONCLUSIVE)
