@@ -50,7 +50,7 @@ def admit(source: str | Path | Checkpoint, *, skip: bool = False, progress: Prog
         raise LoadError(
             f"expected a config.json beside {checkpoint.path}, found none", advice="copy it from the model's own folder"
         )
-    geometry, problems = _geometry(checkpoint, checkpoint.config)
+    geometry, problems = geometry_of(checkpoint, checkpoint.config)
     found = judge_keys(problems) if geometry is None else judge_layout(checkpoint, geometry)
     names = _judged(checkpoint, geometry)
     broken = {v.tensor for v in found if v.rule == "byte_difference"}
@@ -67,7 +67,7 @@ def admit(source: str | Path | Checkpoint, *, skip: bool = False, progress: Prog
     )
 
 
-def _geometry(checkpoint: Checkpoint, config: Mapping[str, object]) -> tuple[Geometry | None, tuple[str, ...]]:
+def geometry_of(checkpoint: Checkpoint, config: Mapping[str, object]) -> tuple[Geometry | None, tuple[str, ...]]:
     """Return the sizes, or None and what is wrong with them."""
     geometry, problems = read_geometry(config)
     if problems:

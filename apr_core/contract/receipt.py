@@ -26,9 +26,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from apr_core.contract.admit import Progress, admit
+from apr_core.contract.admit import Progress, admit, geometry_of
 from apr_core.contract.gates import load_gates
-from apr_core.contract.layout import Geometry
 from apr_core.contract.stats import TensorStats
 from apr_core.contract.types import ADMIT, Admission
 from apr_core.errors import AprError
@@ -114,7 +113,6 @@ def _issue(admission: Admission, identity: Mapping[str, Any], place: Path) -> No
         "model": str(admission.checkpoint.path),
         "written_at": time.strftime("%Y-%m-%d %H:%M:%S"),
         "identity": identity,
-        "geometry": asdict(admission.geometry) if admission.geometry else None,
         "extras": admission.extras,
         "stats": [asdict(stats) for stats in admission.stats.values()],
     }
@@ -142,7 +140,7 @@ def _recall(checkpoint: Checkpoint, place: Path, skip: bool) -> Admission | None
         stats = [TensorStats(**{key: _frozen(value) for key, value in row.items()}) for row in body["stats"]]
         return Admission(
             checkpoint=checkpoint,
-            geometry=Geometry(**body["geometry"]),
+            geometry=geometry_of(checkpoint, checkpoint.config or {})[0],
             stats=MappingProxyType({row.name: row for row in stats}),
             violations=(),
             gate_version=body["gate_version"],
