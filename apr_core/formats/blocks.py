@@ -1,5 +1,5 @@
 """
-Block codecs in plain numpy: bytes of one block to float32 values, and back for the types that we write.
+Block decoders in plain numpy: bytes of one block to float32 values; `encoders` goes the other way.
 
 Every function takes ``blocks`` [n, block_bytes] uint8 and returns [n, block_elements] float32. Exactness: each performs
 the float32 operations of the ggml reference in the same order, so the results are equal bit for bit.
@@ -44,6 +44,21 @@ def decode_q5_0(blocks: Bytes) -> Floats:
     return values
 
 
+def decode_q4_1(blocks: Bytes) -> Floats:
+    """Q4_1, 20 bytes: d, m float16, 16 bytes of nibbles (low nibbles first); value ``d * q + m``."""
+    codes = np.concatenate([blocks[:, 4:] & 0x0F, blocks[:, 4:] >> 4], axis=1)
+    values: Floats = half(blocks, 0) * codes.astype(np.float32) + half(blocks, 2)
+    return values
+
+
+def decode_q5_1(blocks: Bytes) -> Floats:
+    """Q5_1, 24 bytes: d, m float16, 32 fifth bits, 16 bytes of nibbles (low nibbles first); value ``d * q + m``."""
+    fifth = np.unpackbits(blocks[:, 4:8], axis=1, bitorder="little")
+    codes = np.concatenate([blocks[:, 8:] & 0x0F, blocks[:, 8:] >> 4], axis=1) | (fifth << np.uint8(4))
+    values: Floats = half(blocks, 0) * codes.astype(np.float32) + half(blocks, 2)
+    return values
+
+
 def decode_q8_0(blocks: Bytes) -> Floats:
     """Q8_0, 34 bytes: d float16, 32 signed bytes; value ``q * d``."""
     values: Floats = blocks[:, 2:].view(np.int8).astype(np.float32)
@@ -76,6 +91,17 @@ def decode_q4_k(blocks: Bytes) -> Floats:
     return values.reshape(-1, 256)
 
 
+def decode_q5_k(blocks: Bytes) -> Floats:
+    """Q5_K, 176 bytes: as Q4_K with 32 bytes of fifth bits before the nibbles; bit s of byte j belongs to run s."""
+    scale, minimum = q4_k_scales(blocks)
+    nibbles = ((blocks[:, 48:].reshape(-1, 4, 1, 32) >> _LOW_HIGH) & np.uint8(0x0F)).reshape(-1, 8, 32)
+    fifth = np.unpackbits(blocks[:, 16:48].reshape(-1, 1, 32), axis=1, bitorder="little")
+    values = (nibbles | (fifth << np.uint8(4))).astype(np.float32)
+    values *= scale
+    values -= minimum
+    return values.reshape(-1, 256)
+
+
 def decode_q6_k(blocks: Bytes) -> Floats:
     """Q6_K, 210 bytes: 128 low nibbles, 64 bytes of upper pairs, 16 signed scales, d float16."""
     low = ((blocks[:, :128].reshape(-1, 2, 1, 64) >> _LOW_HIGH) & np.uint8(0x0F)).reshape(-1, 8, 32)
@@ -96,23 +122,6 @@ def decode_apr_q4(blocks: Bytes) -> Floats:
     return values
 
 
-def encode_q8_0(values: Floats) -> Bytes:
-    """
-    Quantise [n, 32] float32 to Q8_0 blocks [n, 34].
-
-    Rounds half away from zero, multiplies by the float32 reciprocal of the unrounded scale, as the ggml reference does.
-    A block with NaN or Inf has no meaning in this type; its scale comes out non-finite, which the contract refuses.
-    """
-    scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scaled = values * np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-        magnitude = np.abs(scaled)
-        whole = np.floor(magnitude)
-        codes = np.sign(scaled) * (whole + np.floor(2 * (magnitude - whole)))
-        stored = scale.astype(np.float16).view(np.uint8)
-        return np.concatenate([stored, codes.astype(np.int8).view(np.uint8)], axis=1)
-
-
 def encode_bf16(values: Floats) -> Bytes:
     """Round float32 to bfloat16, ties to even; a NaN stays a NaN (made quiet) instead of rounding up to infinity."""
     bits = values.view(np.uint32)
@@ -130,9 +139,12 @@ def encode_f16(values: Floats) -> Bytes:
 
 DECODERS: dict[str, Callable[[Bytes], Floats]] = {
     "Q4_0": decode_q4_0,
+    "Q4_1": decode_q4_1,
     "Q5_0": decode_q5_0,
+    "Q5_1": decode_q5_1,
     "Q8_0": decode_q8_0,
     "Q4_K": decode_q4_k,
+    "Q5_K": decode_q5_k,
     "Q6_K": decode_q6_k,
     "AprQ4": decode_apr_q4,
 }

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from apr_core.dtypes import QuantFormat
 from apr_core.errors import UsageError
-from apr_core.formats import blocks
+from apr_core.formats import blocks, encoders
 from apr_core.formats.bounds import step_bound as step_bound
 from apr_core.formats.checkpoint import RawTensor
 
@@ -32,6 +32,10 @@ _CASTS = {
     "U64": "<u8",
     "BOOL": "u1",
 }
+# What `encode` takes.
+WRITABLE = ("F32", "F16", "BF16", *encoders.ENCODERS, "AprQ8")
+# Beyond it the float16 scale or minimum of some block type would be infinite.
+_LARGEST_ENCODABLE = 65504.0
 _CHUNK_BYTES = 1 << 17  # blocks decoded at a time: the intermediates stay in the second-level cache
 # Byte offsets of the float16 scales in a block.
 _HALF_SCALES = {
@@ -163,7 +167,7 @@ def _decode_blocks(dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int
 
 def encode(values: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np.uint8]:
     """
-    Encode float32 values as F32, F16, BF16 or Q8_0.
+    Encode float32 values as F32, F16, BF16 or one of the block types of `WRITABLE`.
 
     F16 and BF16 round to nearest even. What is too large for F16 becomes infinite: the caller decides what that means.
 
@@ -171,7 +175,8 @@ def encode(values: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np.uint8]
         uint8 [dtype.nbytes(values.shape)].
 
     Raises:
-        UsageError: We do not write that type, or a row is not a whole number of blocks.
+        UsageError: We do not write that type, a row is not a whole number of blocks, or a block type meets values that
+            are not finite or whose scale float16 cannot hold.
     """
     values = np.ascontiguousarray(values, dtype=np.float32)
     if dtype.name == "F32":
@@ -180,12 +185,36 @@ def encode(values: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np.uint8]
         return blocks.encode_f16(values.reshape(-1))
     if dtype.name == "BF16":
         return blocks.encode_bf16(values.reshape(-1))
-    if dtype.name != "Q8_0":
-        raise UsageError(f"{dtype} cannot be written", advice="use F32, F16, BF16 or Q8_0")
+    if dtype.name not in WRITABLE:
+        raise UsageError(f"{dtype} cannot be written", advice=f"use one of {', '.join(WRITABLE)}")
+    _require_encodable(values, dtype)
+    with np.errstate(all="ignore"):  # reciprocals of denormal scales are infinite, and their codes zero
+        return _encode_blocks(values, dtype)
+
+
+def _encode_blocks(values: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np.uint8]:
+    if dtype.name == "AprQ8":
+        return encoders.encode_apr_q8(values)
+    if dtype.layout == "flat":
+        values = np.pad(values.reshape(-1), (0, -values.size % dtype.block_elements))
+    stored, encoder = values.reshape(-1, dtype.block_elements), encoders.ENCODERS[dtype.name]
+    out = np.empty((stored.shape[0], dtype.block_bytes), dtype=np.uint8)
+    step = max(1, _CHUNK_BYTES // dtype.block_elements)  # the search of a K-quant holds some twenty arrays of a run
+    for start in range(0, stored.shape[0], step):
+        out[start : start + step] = encoder(stored[start : start + step])
+    return out.reshape(-1)
+
+
+def _require_encodable(values: NDArray[np.float32], dtype: QuantFormat) -> None:
     columns = values.shape[-1] if values.shape else 1
-    if columns % 32:
-        raise UsageError(f"Q8_0 needs rows of a multiple of 32, found {columns}", advice="keep this tensor in F16")
-    return blocks.encode_q8_0(values.reshape(-1, 32)).reshape(-1)
+    if dtype.layout == "row" and columns % dtype.block_elements:
+        advice = "keep this tensor in F16"
+        raise UsageError(f"{dtype} needs rows of a multiple of {dtype.block_elements}, found {columns}", advice=advice)
+    largest = float(np.abs(values).max(initial=0))  # NaN stays NaN, and fails the comparison
+    if not largest < _LARGEST_ENCODABLE:
+        raise UsageError(
+            f"{dtype} cannot hold {largest}", advice="keep this tensor in F32, or find out where it comes from"
+        )
 
 
 def round_to(values: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np.float32]:

@@ -12,9 +12,13 @@ import re
 from apr_core.dtypes import FORMATS, QuantFormat
 from apr_core.errors import UsageError
 
-_DEFAULTS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q6_K": "Q6_K", "Q4_K_M": "Q4_K"}
+_DEFAULTS = {
+    **{name: name for name in ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1")},
+    "Q5_K_M": "Q5_K",
+    "Q4_K_M": "Q4_K",
+}
 RECIPES = tuple(_DEFAULTS)
-_FALLBACKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
+_FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _MORE_BITS = ("self_attn.v_proj.weight", "mlp.down_proj.weight")
 
@@ -26,8 +30,8 @@ def tensor_type(recipe: str, name: str, shape: tuple[int, ...], *, num_hidden_la
     Args:
         recipe: One of `RECIPES`.
         name: Canonical name.
-        shape: Row-major; vectors stay F32, and a row that is no whole number of blocks falls back (Q4_K to Q5_0, Q6_K
-            to Q8_0, both to F16 when 32 does not divide it either).
+        shape: Row-major; vectors stay F32, and a row that is no whole number of blocks falls back (Q4_K to Q5_0, Q5_K
+            to Q5_1, Q6_K to Q8_0, each to F16 when 32 does not divide it either).
         num_hidden_layers: Decides which layers get more bits.
         tied: The embedding is also the head, and gets the head's type.
 
@@ -39,7 +43,7 @@ def tensor_type(recipe: str, name: str, shape: tuple[int, ...], *, num_hidden_la
     if len(shape) < 2:
         return FORMATS["F32"]
     chosen = _DEFAULTS[recipe]
-    if recipe == "Q4_K_M" and _deserves_six_bits(name, num_hidden_layers, tied=tied):
+    if _deserves_six_bits(recipe, name, num_hidden_layers, tied=tied):
         chosen = "Q6_K"
     if shape[-1] % FORMATS[chosen].block_elements:
         chosen = _FALLBACKS.get(chosen, "F16")
@@ -48,12 +52,14 @@ def tensor_type(recipe: str, name: str, shape: tuple[int, ...], *, num_hidden_la
     return FORMATS[chosen]
 
 
-def _deserves_six_bits(name: str, layers: int, *, tied: bool) -> bool:
-    """Tell whether Q4_K_M spends Q6_K: on the head, and on v_proj and down_proj of about half the layers."""
+def _deserves_six_bits(recipe: str, name: str, layers: int, *, tied: bool) -> bool:
+    """Tell where Q6_K is spent: on the head, and by the mixtures on v_proj and down_proj of about half the layers."""
+    if recipe in ("F32", "F16", "BF16", "Q8_0"):
+        return False
     if name == ("model.embed_tokens.weight" if tied else "lm_head.weight"):
         return True
     match = _LAYER.fullmatch(name)
-    if match is None or match.group(2) not in _MORE_BITS:
+    if not recipe.endswith("_M") or match is None or match.group(2) not in _MORE_BITS:
         return False
     layer, eighth = int(match.group(1)), layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2

@@ -188,12 +188,16 @@ def test_decoding_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(codecs.decode_bytes(FORMATS["Q6_K"], data, shape), whole, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", ["F16", "BF16", "Q8_0"])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 @given(values=FLOATS, scale=st.sampled_from([0.0, 1e-40, 1e-8, 1e-3, 1.0]))
 @QUICK
 def test_encoders_equal_the_gguf_package(dtype: str, values: list[float], scale: float) -> None:
-    """Encoded bytes equal gguf.quants.quantize, subnormals and overflow included."""
+    """Encoded bytes equal gguf.quants.quantize, subnormals and what is too large for a float16 included."""
     array = np.array(values, np.float32) * np.float32(scale)
+    if dtype not in ("F16", "BF16") and np.abs(array).max() >= 65504:
+        with pytest.raises(UsageError, match=f"{dtype} cannot hold"):
+            codecs.encode(array, FORMATS[dtype])
+        return
     with np.errstate(all="ignore"):
         expected = gguf.quants.quantize(array.reshape(1, 32), gguf.GGMLQuantizationType[dtype])
     assert codecs.encode(array, FORMATS[dtype]).tobytes() == expected.tobytes()
@@ -234,8 +238,11 @@ def test_f32_is_exact_and_a_copy() -> None:
 
 def test_what_cannot_be_encoded() -> None:
     """Other types and broken rows are refused."""
-    with pytest.raises(UsageError, match="Q4_K cannot be written"):
-        codecs.encode(np.zeros(256, np.float32), FORMATS["Q4_K"])
+    with pytest.raises(UsageError, match="IQ4_XS cannot be written; use one of F32, F16"):
+        codecs.encode(np.zeros(256, np.float32), FORMATS["IQ4_XS"])
+    for poison in (np.nan, np.inf, 7e4):
+        with pytest.raises(UsageError, match="Q4_K cannot hold"):
+            codecs.encode(np.full(256, poison, np.float32), FORMATS["Q4_K"])
     for shape in ((2, 48), ()):
         with pytest.raises(UsageError, match="rows of a multiple of 32"):
             codecs.encode(np.zeros(shape, np.float32), FORMATS["Q8_0"])

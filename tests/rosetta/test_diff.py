@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apr_core.dtypes import FORMATS, QuantFormat
-from apr_core.errors import Unavailable
+from apr_core.errors import Unavailable, UsageError
 from apr_core.formats.apr import write_apr
 from apr_core.formats.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from apr_core.formats.codecs import decode, encode
@@ -154,14 +154,23 @@ def test_planted_faults_are_counted_and_named(
     assert row.as_row()["mismatched"] == row.mismatched
 
 
-@pytest.mark.parametrize("fault", [swap, negate, permute_heads, transpose, poison])
-@pytest.mark.parametrize("dtype", ["F16", "Q8_0"])
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [(f, d) for f in (swap, negate, permute_heads, transpose) for d in ("F16", "Q8_0")] + [(poison, "F16")],
+)
 def test_faults_are_seen_through_rounding(fault: Any, dtype: str, edited: Edit, tiny: Path, tmp_path: Path) -> None:
     """A copy in another type, made from a broken file, is told from the healthy reference."""
     path = convert(edited(fault), tmp_path / "t.gguf", format="gguf", dtype=dtype)
     assert compare(path, tiny).mismatched > 0
     healthy = convert(tiny, tmp_path / "h.gguf", format="gguf", dtype=dtype)
     assert compare(healthy, tiny).mismatched == 0
+
+
+def test_a_poisoned_weight_is_not_quantised(edited: Edit, tmp_path: Path) -> None:
+    """A block type has no code for NaN, so the conversion says so and leaves nothing behind."""
+    with pytest.raises(UsageError, match="Q8_0 cannot hold nan"):
+        convert(edited(poison), tmp_path / "t.gguf", format="gguf", dtype="Q8_0")
+    assert not list(tmp_path.glob("t.gguf*"))
 
 
 def scaled(place: int, factor: float) -> Callable[[bytearray], None]:
