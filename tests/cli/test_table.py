@@ -1,0 +1,207 @@
+"""
+The registry as a table: every action refuses a corrupt model before any engine is built, every diagnostic reads it.
+
+The words of each call are made from the command's own parameters, so that a new row is covered when it is registered.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+
+from apr_core.cli import dispatch
+from apr_core.cli.app import app, main
+from apr_core.engines import load
+from apr_core.formats.checkpoint import TensorSource, open_checkpoint
+from apr_core.formats.safetensors import write_safetensors
+
+LEAVES = dict(dispatch.leaves(dispatch.attach(typer.main.get_command(app))))
+ACTIONS = [
+    (path, model)
+    for path, entry in dispatch.COMMANDS.items()
+    if entry.kind is dispatch.Kind.ACTION
+    for model in entry.models
+]
+# Names that commands give to a parameter that is a model.
+MODELS = {"model", "models", "path", "paths", "file", "a", "b", "first", "second", "candidate", "source", "reference"}
+# What a diagnostic of another shape is asked.
+ASKED = {
+    "explain": ["F-DATA-QUALITY-002"],
+    "zoo plant": ["nan", "MODEL", "OUT"],
+    "zoo run": ["nan", "MODEL"],
+    "suite": ["--model", "MODEL", "--only", "10", "--out", "OUT"],
+}
+# These take minutes, or need a healthy model to damage: their own tests are named.
+ELSEWHERE = {
+    "suite": "tests/cli/test_runner.py",
+    "zoo matrix": "tests/cli/test_zoo.py",
+    "zoo plant": "tests/cli/test_zoo.py",
+    "zoo run": "tests/cli/test_zoo.py",
+}
+
+
+def _value(param: Any, out: Path) -> str:
+    """Return something that the parameter's type takes."""
+    kind = str(getattr(param.type, "name", ""))
+    if getattr(param.type, "choices", None):
+        return str(next(iter(param.type.choices)))
+    if "int" in kind or "float" in kind:
+        return str(max(1, getattr(param.type, "min", None) or 1))
+    if "path" in kind or any(word in param.name for word in ("out", "dst", "target", "to")):
+        return str(out / "out")
+    return "x"
+
+
+def words_of(path: str, given: dict[str, Path], out: Path) -> list[str]:
+    """Build a call of a command: the given models, and something for whatever else it demands."""
+    words = path.split()
+    for param in LEAVES[path].params:
+        if param.name in given or param.required:
+            value = str(given[param.name]) if param.name in given else _value(param, out)
+            words += [value] if param.param_type_name == "argument" else [max(param.opts, key=len), value]
+    return words
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Engines that are built; building one is an error."""
+    made: list[object] = []
+
+    def explode(*arguments: object, **_: object) -> None:
+        made.append(arguments)
+        raise AssertionError("an engine was built for a model that no gate admitted")
+
+    monkeypatch.setattr(load, "ENGINES", dict.fromkeys(load.ENGINES, explode))
+    monkeypatch.setattr(load, "build", explode)
+    monkeypatch.setattr(load, "load_plain", explode)
+    yield made
+    assert made == []
+
+
+@pytest.mark.parametrize(("path", "model"), ACTIONS, ids=lambda value: value)
+def test_every_action_refuses_a_corrupt_model(
+    path: str,
+    model: str,
+    healthy: Path,
+    refused: Path,
+    built: list[object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit 5 for each model that the command names, the second as the first; no engine, no output, no file."""
+    given = dict.fromkeys(dispatch.COMMANDS[path].models, healthy) | {model: refused}
+    assert main(words_of(path, given, tmp_path)) == 5
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"error: {refused} has " in err or f"error: {refused}/model.safetensors has " in err
+    assert "contract violations in 2 tensors" in err
+    assert "[F-DATA-QUALITY-002] tensor model.layers.1.mlp.down_proj.weight: 3 NaN" in err
+    assert "`apr validate " in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("path", sorted({path for path, _ in ACTIONS}))
+def test_every_action_takes_the_bypass_on_both_sides(
+    path: str, before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--skip-contract reaches the gate from before the command and from behind it; --recheck from behind."""
+    seen: list[tuple[bool, bool]] = []
+
+    def gate(model: str, *, skip: bool, recheck: bool) -> None:
+        seen.append((skip, recheck))
+        raise SystemExit(42)
+
+    monkeypatch.setattr(dispatch, "gate", gate)
+    words = words_of(path, dict.fromkeys(dispatch.COMMANDS[path].models, tmp_path / "m"), tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--skip-contract"] * before + words + ["--skip-contract"] * (not before) + ["--recheck"])
+    with pytest.raises(SystemExit):
+        main(words)
+    assert seen == [(True, True), (False, False)]
+
+
+@pytest.mark.parametrize("path", [p for p, c in dispatch.COMMANDS.items() if c.kind is dispatch.Kind.DIAGNOSTIC])
+def test_every_diagnostic_reads_a_corrupt_model(
+    path: str, refused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It answers, with 0, or with 5 or 11 where judging is its work; never with an error."""
+    if path in ELSEWHERE:
+        assert Path(__file__).parents[2].joinpath(ELSEWHERE[path]).is_file()
+        return
+    models = {p.name: refused for p in LEAVES[path].params if p.name in MODELS and p.required}
+    words = [*path.split(), *ASKED[path]] if path in ASKED else words_of(path, models, tmp_path)
+    code = main(words)
+    out, err = capsys.readouterr()
+    assert code in (0, 5, 11), err
+    assert out.strip()
+    assert "error: " not in err
+
+
+def _sharded(source: Path, folder: Path) -> Path:
+    """Write the same tensors as two shards with an index, the two broken ones apart."""
+    folder.mkdir()
+    weight_map = {}
+    with open_checkpoint(source) as checkpoint:
+        second = {name for name in checkpoint.tensors if name.startswith("model.layers.1.")}
+        for k, own in enumerate((checkpoint.tensors.keys() - second, second), start=1):
+            name_of = f"model-0000{k}-of-00002.safetensors"
+            infos = [checkpoint.tensors[name] for name in sorted(own)]
+            sources = [
+                TensorSource(i.name, i.dtype, i.shape, lambda name=i.name: [checkpoint.raw(name).data]) for i in infos
+            ]
+            write_safetensors(folder / name_of, sources)
+            weight_map |= dict.fromkeys(own, name_of)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    shutil.copy(source / "config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.bin", "weights", "a.gguf", "b.txt"])
+def test_a_model_is_known_by_its_content(
+    name: str, refused: Path, built: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A corrupt model under another name or none does not escape the gate."""
+    shutil.copy(refused / "config.json", tmp_path)
+    shutil.copy(refused / "model.safetensors", tmp_path / name)
+    assert main(["run", str(tmp_path / name), "x"]) == 5
+    assert "F-DATA-QUALITY-002" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", ["folder", "index"])
+def test_shards_are_gated_one_by_one(
+    by: str, refused: Path, built: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The violations of both shards are found, by whichever name the model is given."""
+    folder = _sharded(refused, tmp_path / "sharded")
+    asked = folder if by == "folder" else folder / "model.safetensors.index.json"
+    assert main(["run", str(asked), "x"]) == 5
+    err = capsys.readouterr().err
+    assert "tensor model.layers.1.mlp.down_proj.weight" in err
+    assert "tensor model.norm.weight" in err
+
+
+def test_the_first_violations_are_shown_and_all_are_counted(
+    healthy: Path, tmp_path: Path, built: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A zeroed model has too many to list; the message counts them and names the command that lists all."""
+    folder = tmp_path / "zeroed"
+    shutil.copytree(healthy, folder)
+    with open_checkpoint(folder) as checkpoint:
+        start = min(info.offset for info in checkpoint.tensors.values())
+    data = np.fromfile(folder / "model.safetensors", dtype=np.uint8)
+    data[start:] = 0
+    data.tofile(folder / "model.safetensors")
+    assert main(["run", str(folder), "x"]) == 5
+    err = capsys.readouterr().err
+    assert err.count("[F-") == 8
+    assert "in 26 tensors" in err
+    assert " more\n" in err
+    assert "apr validate" in err
