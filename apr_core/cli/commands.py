@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from apr_core.cli import zoo
+from apr_core.cli import explain, tensors, validate, zoo
 from apr_core.cli.dispatch import SkipContract, admission_of
 from apr_core.errors import UsageError
 
@@ -20,7 +20,7 @@ Reference = Annotated[str, typer.Option(metavar="PATH", help="The model that thi
 
 def register(app: typer.Typer) -> None:
     """Put every command of this module into the application."""
-    for command in (run, inspect, validate, qa, synth):
+    for command in (run, inspect, validate.validate, tensors.tensors, explain.explain, qa, synth):
         app.command()(command)
     app.command(cls=Suite)(suite)
     app.add_typer(zoo.app, name="zoo")
@@ -90,13 +90,6 @@ def inspect(
 
     body = describe(model, digest=digest)
     show_json(body) if as_json else show_description(body)
-
-
-def validate(model: Model, as_json: AsJson = False) -> None:
-    """Judge a file by every gate and list all violations; exit 5 when it is refused."""
-    from apr_core.cli.validate import judgement, show_judgement
-
-    raise typer.Exit(show_judgement(judgement(model), as_json=as_json))
 
 
 def qa(

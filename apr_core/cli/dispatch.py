@@ -57,6 +57,8 @@ COMMANDS: Mapping[str, CommandClass] = {
     "qa": _DIAGNOSTIC,
     "validate": _DIAGNOSTIC,
     "inspect": _DIAGNOSTIC,
+    "tensors": _DIAGNOSTIC,
+    "explain": _DIAGNOSTIC,
     "suite": _DIAGNOSTIC,
     "zoo matrix": _DIAGNOSTIC,
     "zoo plant": _DIAGNOSTIC,

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from apr_core import errors
-from apr_core.cli import app, commands, inspect
+from apr_core.cli import app, commands, dispatch, inspect
 from apr_core.cli.app import main
 
-COMMANDS = ("run", "inspect", "validate", "qa", "synth", "suite")
+COMMANDS = tuple(sorted(path for path in dispatch.COMMANDS if " " not in path))
 
 
 def _lines(text: str) -> list[str]:

@@ -38,7 +38,7 @@ def test_json_says_the_same(fixture: str, request: pytest.FixtureRequest, capsys
     code = main(["validate", str(request.getfixturevalue(fixture)), "--json"])
     body = json.loads(capsys.readouterr().out)
     assert body["admitted"] == (code == 0) == (not body["violations"])
-    assert body["tensors"] == {"measured": 26, "expected": 26}
+    assert (body["tensors"]["measured"], body["tensors"]["expected"]) == (26, 26)
     assert sum(body["gates"].values()) == len(body["violations"])
     if fixture == "refused":
         first = next(v for v in body["violations"] if v["gate"] == "F-DATA-QUALITY-002")
@@ -77,3 +77,88 @@ def test_what_is_outside_the_contract_is_told(
     (tmp_path / "config.json").write_bytes((healthy / "config.json").read_bytes())
     assert main(["validate", str(tmp_path)]) == 0
     assert "used by nothing: odd.extra" in capsys.readouterr().out
+
+
+def test_quality_shows_each_rule(refused: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Limit, how many were judged, how many failed; a rule that nothing here asks says so and counts for nothing."""
+    assert main(["validate", str(refused), "--quality"]) == 5
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines]
+    assert ["F-DATA-QUALITY-002", "nonfinite_values"] in [row[:2] for row in rows]
+    (nonfinite,) = [row for row in rows if row[1:2] == ["nonfinite_values"]]
+    assert nonfinite[-2:] == ["26", "1"]
+    (head,) = [line for line in lines if "head_differs" in line]
+    assert "none here" in head
+    assert " checks passed, " in lines[-2]
+
+
+def test_the_score_is_the_share_of_executed_checks(refused: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checked, failed and score agree with each other and with the violations; nothing that was not run counts."""
+    main(["validate", str(refused), "--json"])
+    body = json.loads(capsys.readouterr().out)
+    executed, failed = (sum(row[key] for row in body["rules"]) for key in ("checked", "failed"))
+    assert (body["checks"]["executed"], failed) == (executed, len(body["violations"]))
+    assert body["checks"]["score"] == pytest.approx(100 * (executed - failed) / executed)
+    assert body["tensors"]["passed"] == 24
+
+
+@pytest.mark.parametrize(("least", "code"), [("0", 0), ("100", 0), ("99.9", 0)])
+def test_a_clean_model_has_the_whole_score(least: str, code: int, healthy: Path) -> None:
+    """100 % of 100 %."""
+    assert main(["validate", str(healthy), "--min-score", least]) == code
+
+
+def test_the_least_score_is_held(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score below the demand is refused even if no gate is, and one that is not a number as well."""
+    from apr_core.cli import validate
+
+    real = validate.breakdown
+    monkeypatch.setattr(validate, "breakdown", lambda a: [{**row, "failed": row["checked"]} for row in real(a)])
+    assert main(["validate", str(healthy), "--min-score", "1"]) == 5
+    assert main(["validate", str(healthy)]) == 0
+
+
+@pytest.mark.parametrize("least", ["-1", "101", "many"])
+def test_a_score_is_a_share(least: str, healthy: Path) -> None:
+    """Anything else is a usage error."""
+    assert main(["validate", str(healthy), "--min-score", least]) == 2
+
+
+def test_several_models_end_with_the_worst(
+    healthy: Path, refused: Path, truncated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A CI job gives a list: each is judged, whatever the others are, and the exit code is that of the worst."""
+    assert main(["validate", str(healthy), str(healthy)]) == 0
+    assert main(["validate", str(refused), str(healthy)]) == 5
+    capsys.readouterr()
+    assert main(["validate", str(refused), str(truncated), str(healthy), "--json"]) == 4
+    out, err = capsys.readouterr()
+    bodies = json.loads(out)["models"]
+    assert [body["admitted"] for body in bodies] == [False, False, True]
+    assert [body["exit_code"] for body in bodies] == [5, 4, 0]
+    assert "bytes are missing" in bodies[1]["error"]
+    assert "error: " in err
+    assert main(["validate", str(truncated), "no/such/file"]) == 4
+    assert "not judged, exit 4" in capsys.readouterr().out
+
+
+def test_strict_refuses_what_is_outside_the_contract(
+    healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tensor that nothing uses is told, and with --strict refused; a clean model passes both."""
+    from apr_core.dtypes import FORMATS
+    from apr_core.formats.checkpoint import TensorSource, open_checkpoint
+    from apr_core.formats.safetensors import write_safetensors
+
+    with open_checkpoint(healthy) as checkpoint:
+        sources = [
+            TensorSource(t.name, t.dtype, t.shape, lambda name=name: [checkpoint.raw(name).data])
+            for name, t in checkpoint.tensors.items()
+        ]
+        sources.append(TensorSource("odd.extra", FORMATS["F32"], (1,), lambda: [bytes(4)]))
+        write_safetensors(tmp_path / "model.safetensors", sources)
+    (tmp_path / "config.json").write_bytes((healthy / "config.json").read_bytes())
+    assert main(["validate", str(tmp_path)]) == 0
+    assert main(["validate", str(tmp_path), "--strict"]) == 5
+    assert "refused: 1 tensors outside the contract (--strict)" in capsys.readouterr().out
+    assert main(["validate", str(healthy), "--strict"]) == 0
