@@ -35,6 +35,7 @@ def _closed(cls: type) -> NoReturn:
 ADMIT = object()
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Admission:
     """

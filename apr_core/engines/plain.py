@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from apr_core.contract.types import ValidatedModel
+from apr_core.contract.types import Validated, ValidatedModel
 from apr_core.model.config import Qwen2Config
 from apr_core.model.tokens import Tokenizer
 from apr_core.model.trace import Trace
@@ -53,7 +53,7 @@ class PlainQwen2:
         self.config = Qwen2Config.of(validated)
         self.tokenizer = tokenizer
         self.bypassed = validated.bypassed
-        self._tensors = validated.tensors
+        self._tensors, self._head = validated.tensors, validated.head
 
     def new_cache(self, start: int = 0) -> PlainCache:
         """Return an empty cache whose first token stands at position ``start``."""
@@ -79,8 +79,7 @@ class PlainQwen2:
             seen[f"layers.{layer}.resid_ffn"] = hidden
         state.length += ids.size
         seen["final_hidden"] = hidden = self._rms(hidden, "model.norm.weight")
-        head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        seen["logits"] = logits = self._times(hidden, head)
+        seen["logits"] = logits = _product(hidden, self._head)
         if trace is not None:
             for name, values in seen.items():
                 trace.record(name, values)
@@ -149,10 +148,16 @@ class PlainQwen2:
 
     def _times(self, x: F64, name: str) -> F64:
         """Apply the projection ``name`` to each row of ``x``, its bias included when it has one."""
-        weight = self._tensors[f"{name}.weight"].values()
-        out = np.empty((x.shape[0], weight.shape[0]))
-        for at in range(0, weight.shape[0], _ROWS):
-            out[:, at : at + _ROWS] = x @ weight[at : at + _ROWS].astype(np.float64).T
+        out = _product(x, self._tensors[f"{name}.weight"])
         if f"{name}.bias" in self._tensors:
             out += self._tensors[f"{name}.bias"].values()
         return out
+
+
+def _product(x: F64, weight: Validated) -> F64:
+    """Multiply each row of ``x`` with each row of a matrix in its natural layout, [out, in]."""
+    rows = weight.values()
+    out = np.empty((x.shape[0], rows.shape[0]))
+    for at in range(0, rows.shape[0], _ROWS):
+        out[:, at : at + _ROWS] = x @ rows[at : at + _ROWS].astype(np.float64).T
+    return out

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_core.engines.load import load_model
+from apr_core.engines.wrap import At, wrap
 from apr_core.errors import InferenceError, UsageError
 from apr_core.model import generate as module
 from apr_core.model.generate import (
@@ -157,6 +158,17 @@ def test_repeated_padding_is_a_violation(tmp_path: Path, ids: list[int], measure
     assert [(v.gate, v.measured) for v in answer.violations] == [("F-LAYOUT-CONTRACT-005", m) for m in measured]
     scripted: Any = Scripted([2] * 9)
     assert padding_of(scripted) == frozenset()
+
+
+def test_a_head_that_prefers_reserved_rows_is_seen(tmp_path: Path) -> None:
+    """The GH-202 symptom planted in the backend: the rows behind the last token win every argmax."""
+
+    def prefer(name: str, values: np.ndarray, at: At) -> np.ndarray | None:
+        return None if name != "logits" else np.where(np.arange(331) >= 321, values + 1e3, values)
+
+    model = load_model(write_tiny(tmp_path))
+    answers = [run(m, IDS, max_new_tokens=6) for m in (wrap(model, prefer), model)]
+    assert [[v.measured for v in answer.violations] for answer in answers] == [[6.0], []]
 
 
 def test_text_leaves_control_tokens_out(model: Any) -> None:

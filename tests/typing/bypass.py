@@ -137,3 +137,7 @@ class Packed(RepackedHead):  # type: ignore[misc]
 
 class Whole(ValidatedModel):  # type: ignore[misc]
     """Nor of the model."""
+
+
+class Trusted(Admission):  # type: ignore[misc]
+    """Nor of the verdict."""
