@@ -329,6 +329,13 @@ def _read_index(file: MappedFile, header: _Header) -> list[TensorInfo]:
             raise _wrong(file, "index names in ascending order", found, header.index_at + at, info.stored_name)
         tensors.append(info)
         at, previous = after, stored
+    if block[at:].strip(b"\0"):
+        raise _wrong(
+            file,
+            f"zeros behind the last of {header.tensor_count} index entries",
+            "other bytes: the header's tensor count is too small",
+            header.index_at + at,
+        )
     return tensors
 
 

@@ -24,6 +24,7 @@ from apr_core.model.config import Qwen2Config
 from apr_core.rosetta.chatml import default_system
 from apr_core.zoo.draft import Draft
 from apr_core.zoo.edits import companion
+from apr_core.zoo.parcels import LZ4, ZSTD, packed, pickle_beside, shard_apr, split_gguf
 from apr_core.zoo.plants import DOWN, EMBED, HEAD, NORM, V_BIAS, Q
 from apr_core.zoo.registry import Benign, NotApplicable, Recipe
 from apr_core.zoo.words import (
@@ -373,6 +374,12 @@ BENIGN: tuple[Benign, ...] = (
     Benign("gguf-aligned-64", "a GGUF aligned to 64 bytes", _gguf(lambda m: m.update({"general.alignment": 64}))),
     Benign("gguf-extra-keys", "a GGUF with keys and arrays of its own", _gguf(lambda m: m.update(_EXTRA))),
     Benign("gguf-two", "GGUF version 2", _gguf_two),
+    Benign("gguf-split", "a GGUF in three parts", split_gguf(3)),
+    Benign("gguf-split-empty-first", "a split GGUF whose first part holds no tensor", split_gguf(3, empty_first=True)),
+    Benign("apr-zstd", "an APR in a Zstandard frame", packed(ZSTD)),
+    Benign("apr-lz4", "an APR in an LZ4 block", packed(LZ4)),
+    Benign("apr-two-shards", "an APR in two shards", shard_apr()),
+    Benign("pickle-beside", "pytorch_model.bin beside the weights", _after(pickle_beside)),
     Benign("apr-nulls", "an APR with reserved keys that are null", _gguf(lambda m: m.update(_NULLS), "apr")),
     Benign("apr-extra-keys", "an APR with keys of its own",
         _gguf(lambda m: m.update(zoo={"deep": [1, None, "NaN"]}), "apr")),

@@ -103,7 +103,7 @@ def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(after)
 
 
-def _parted(data: bytes) -> tuple[Header, bytes]:
+def parted(data: bytes) -> tuple[Header, bytes]:
     """Cut a SafeTensors file into its header and its data section."""
     end = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:end]), data[end:]
@@ -119,7 +119,7 @@ def _labelled(pattern: str, old: str, new: str) -> Recipe:
     """Write another type name of the same width into the header."""
 
     def change(data: bytes) -> bytes:
-        header, body = _parted(data)
+        header, body = parted(data)
         entries = [e for n, e in header.items() if fnmatchcase(n, pattern) and e["dtype"] == old]
         if not entries:
             raise NotApplicable(f"no {old} tensor fits {pattern}")
@@ -139,7 +139,7 @@ def _packed(pattern: str, dtype: str, pack: Callable[[NDArray[np.float32]], NDAr
             raise NotApplicable(f"no tensor fits {pattern}")
 
         def change(data: bytes) -> bytes:
-            header, body = _parted(data)
+            header, body = parted(data)
             out = b""
             for name, entry in header.items():
                 if name == "__metadata__":
@@ -170,11 +170,11 @@ def _swapped(first: str, second: str) -> Callable[[Header], None]:
     return change
 
 
-def _header(change: Callable[[Header], None], tail: bytes = b"") -> Recipe:
+def edit_header(change: Callable[[Header], None], tail: bytes = b"") -> Recipe:
     """Edit the parsed header; ``tail`` follows the data."""
 
     def edit(data: bytes) -> bytes:
-        header, body = _parted(data)
+        header, body = parted(data)
         change(header)
         return _joined(header, body + tail)
 
@@ -193,22 +193,23 @@ def _shifted(nbytes: int) -> Callable[[Header], None]:
 
 def _named_twice(data: bytes) -> bytes:
     """Name one tensor twice in the header's text, with the bytes of another: first or last wins, as a reader likes."""
-    header, body = _parted(data)
+    header, body = parted(data)
     name, other = f"{LAYERS}self_attn.k_proj.bias".replace("*", "0"), f"{LAYERS}self_attn.v_proj.bias".replace("*", "0")
     text = json.dumps(header).encode()
     return _joined(text[:-1] + b", " + json.dumps({name: header[other]}).encode()[1:], body)
 
 
-def shards(change: Callable[[dict[str, str], Path], None]) -> Recipe:
+def shards(change: Callable[[dict[str, str], Path], None], *, indexed: bool = True) -> Recipe:
     """
     Write the file as two shards with an index, then let ``change`` edit the map or the folder.
 
     Args:
         change: Gets the index's tensor -> shard map and the folder.
+        indexed: Whether the index is written in the end.
     """
 
     def edit(path: Path) -> None:
-        header, body = _parted(path.read_bytes())
+        header, body = parted(path.read_bytes())
         names = sorted(n for n in header if n != "__metadata__")
         if len(names) < 2 or _Q not in header:
             raise NotApplicable("too few tensors for two shards")
@@ -224,6 +225,8 @@ def shards(change: Callable[[dict[str, str], Path], None]) -> Recipe:
             (path.parent / placed[part[0]]).write_bytes(_joined(entries, data))
         path.unlink()
         change(placed, path.parent)
+        if not indexed:
+            return
         (path.parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}), encoding="utf-8")
 
     return lambda draft: draft.after.append(edit)
@@ -331,7 +334,7 @@ def _from_data(keep: Callable[[Bytes], Bytes]) -> Callable[[bytes], bytes]:
     """Change the data section alone, behind an intact header."""
 
     def change(data: bytes) -> bytes:
-        header, body = _parted(data)
+        header, body = parted(data)
         return _joined(header, keep(np.frombuffer(body, np.uint8).copy()).tobytes())
 
     return change
@@ -448,9 +451,9 @@ DEFECTS: tuple[Defect, ...] = (
         Row("json-key-twice", "the header names a bias twice", written(_named_twice)),
         Row("gguf-name-twice", "two tensors of a GGUF have one name", written(_same_name, "gguf"))),
     *family("uncovered-bytes", "container", "safetensors attacks 4", PREFLIGHT,
-        Row("overlap", "two tensors share their bytes", _header(lambda h: h[_UP].update(h[_GATE]))),
-        Row("hole", "a hole of 1 MB before the last tensor", _header(_shifted(1 << 20), bytes(1 << 20))),
-        Row("trailing-bytes", "a megabyte behind the last tensor", _header(lambda h: None, bytes(1 << 20)))),
+        Row("overlap", "two tensors share their bytes", edit_header(lambda h: h[_UP].update(h[_GATE]))),
+        Row("hole", "a hole of 1 MB before the last tensor", edit_header(_shifted(1 << 20), bytes(1 << 20))),
+        Row("trailing-bytes", "a megabyte behind the last tensor", edit_header(lambda h: None, bytes(1 << 20)))),
     *family("unexplained-bytes", "container", "round 47", (COVER,),
         Row("gguf-hole", "a page that no tensor explains before the last one", _edited(_gguf_hole, "gguf")),
         Row("gguf-tail", "a GGUF over a longer file, whose end is still there",
@@ -458,8 +461,9 @@ DEFECTS: tuple[Defect, ...] = (
         Row("gguf-zero-tail", "64 bytes of zeros behind the last tensor", written(lambda d: d + bytes(64), "gguf")),
         Row("apr-tail", "the end of a longer file before the checksum of an APR", written(_apr_tail, "apr"))),
     *family("offset-swapped", "container", "peers N5", ("F-GT-008", "F-GT-010"),
-        Row("offset-gate-up", "gate and up point at each other's bytes", _header(_swapped(_GATE, _UP))),
-        Row("offset-up-down", "up and down point at each other's bytes", _header(_swapped(_UP, _DOWN))), alone=USUAL),
+        Row("offset-gate-up", "gate and up point at each other's bytes", edit_header(_swapped(_GATE, _UP))),
+        Row("offset-up-down", "up and down point at each other's bytes", edit_header(_swapped(_UP, _DOWN))),
+        alone=USUAL),
     *family("sealed-bytes-altered", "container", "round 47", PREFLIGHT,
         Row("apr-bit-flip", "one byte in the data of an APR", written(_byte(-999), "apr")),
         Row("apr-header-altered", "an APR counts other tensors", written(_byte(8), "apr"))),

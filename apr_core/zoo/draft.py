@@ -117,7 +117,7 @@ def put_together(draft: Draft, folder: Path) -> Path:
     Write a draft into a new folder.
 
     Returns:
-        The folder for SafeTensors, the file for GGUF and APR (golden answers lie beside it).
+        The folder for SafeTensors and split files, the file for GGUF and APR (golden answers lie beside it).
     """
     source = folder if draft.container == "safetensors" else folder / "source"
     _write_folder(draft, source)
@@ -130,7 +130,7 @@ def put_together(draft: Draft, folder: Path) -> Path:
         shutil.copy(origin, folder / name)
     for edit in draft.after:
         edit(weights)
-    return path
+    return path if path.exists() else folder  # an edit may have split the file into parts
 
 
 def _write_folder(draft: Draft, folder: Path) -> None:

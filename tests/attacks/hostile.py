@@ -275,6 +275,7 @@ APR = [
     Attack("data-2^63", apr(_A, _DATA, places=(None, None, None, 2**63)), "bytes are missing"),
     Attack("S2-count-max", apr(_A, _DATA, count=2**32 - 1), "behind the index"),
     Attack("S2-count-more", apr(_A, _DATA, count=2), "expected"),
+    Attack("S2-count-less", apr([*_A, apr_entry("b", 0, (2,), 64, 8)], bytes(128), count=1), "count is too small"),
     Attack("name-empty", apr([apr_entry("", 0, (2,), 0, 8)], _DATA), "1 to 256"),
     Attack("name-257", apr([apr_entry("a" * 257, 0, (2,), 0, 8)], _DATA), "1 to 256"),
     Attack("name-not-utf8", apr([apr_entry(b"\xff", 0, (2,), 0, 8)], _DATA), "in UTF-8"),

@@ -59,7 +59,7 @@ def test_no_claim_is_alarmed(chosen: str) -> None:
     claims = [c for c in claims_for(item) if c.startswith(("F-GT-00", "F-GT-011", "F-PAR-00"))]
     outcome = evaluate(item, PYGMY, claims=claims)
     assert outcome.crash == ""
-    assert [row.claim for row in outcome.judged if row.verdict is Verdict.FALSIFIED] == []
+    assert [row.claim for row in outcome.judged if row.verdict == Verdict.FALSIFIED] == []
 
 
 def test_another_quantiser_writes_other_bytes(healthy: Draft, tmp_path: Path) -> None:
