@@ -12,7 +12,7 @@ import pytest
 from apr_core.dtypes import BY_GGUF, FORMATS
 from apr_core.errors import FormatError, UsageError
 from apr_core.formats.checkpoint import TensorSource, open_checkpoint
-from apr_core.formats.codecs import decode
+from apr_core.formats.codecs import decode, decoder_name
 from apr_core.formats.gguf import pack_value, write_gguf
 from tests.attacks.build import gguf as build
 from tests.attacks.build import pair, row, text
@@ -236,3 +236,44 @@ def test_refuses_foreign_types_and_bad_alignment(tmp_path: Path) -> None:
     twice = [TensorSource(n, FORMATS["F32"], (2,), list) for n in ("lm_head.weight", "output.weight")]
     with pytest.raises(UsageError, match=r"two tensors would be stored as output\.weight"):
         write_gguf(tmp_path / "f", twice, {})
+
+
+@pytest.mark.parametrize("kind", sorted(gguf.quants._type_traits), ids=lambda kind: kind.name)
+def test_every_type_that_the_gguf_package_decodes(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
+    """Random blocks of each type, written by the gguf package: opened, and decoded to its values bit for bit."""
+    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(int(kind)).integers(0, 256, (3, 2 * nbytes)).astype(np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "f", "qwen2")
+    writer.add_tensor("w", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with np.errstate(all="ignore"):
+        expected = np.asarray(gguf.quants.dequantize(data, kind), np.float32)
+    with open_checkpoint(tmp_path / "f") as checkpoint:
+        raw = checkpoint.raw("w")
+        assert (raw.info.dtype.name, raw.info.shape) == (kind.name, (3, 2 * elements))
+        assert np.array_equal(decode(raw), expected, equal_nan=True)
+        assert decoder_name(raw.info.dtype) in ("apr_core", "gguf")
+
+
+def test_facts_of_the_container(oracle: Path, tmp_path: Path) -> None:
+    """Version, alignment and parts are there for a report."""
+    with open_checkpoint(oracle / "mini" / "gguf" / "Q8_0.gguf") as checkpoint:
+        assert checkpoint.facts == {"version": 3, "alignment": 32, "parts": 1}
+    (tmp_path / "f").write_bytes(build(pairs=[pair("general.alignment", 4, b"\x40\0\0\0")], version=2))
+    with open_checkpoint(tmp_path / "f") as checkpoint:
+        assert checkpoint.facts == {"version": 2, "alignment": 64, "parts": 1}
+
+
+def test_a_broken_string_is_named_when_it_is_read(tmp_path: Path) -> None:
+    """Opening steps over strings; bytes that are no UTF-8 are reported with element and byte when they are read."""
+    texts = b"".join(text(piece) for piece in (b"a", b"b", b"\xff\xfe", b"c"))
+    (tmp_path / "f").write_bytes(build(pairs=[pair("k", 9, struct.pack("<IQ", 8, 4) + texts)]))
+    with open_checkpoint(tmp_path / "f") as checkpoint:
+        at = (tmp_path / "f").read_bytes().index(b"\xff\xfe")
+        with pytest.raises(
+            FormatError, match=rf"strings in UTF-8 in 'k', found other bytes in element 2.* at byte {at}"
+        ):
+            checkpoint.metadata["k"]
