@@ -8,8 +8,6 @@ LATER = (
     Later("k-quant-encoder", "an encoder that searches no scale, or packs six-bit scales wrongly", "peers Q1, Q4", 5),
     Later("imatrix", "an importance matrix with NaN or of part of the tensors", "peers Q6", 5),
     Later("rosetta-default", "a conversion that widens to F32 unasked", "round 45, aprender 205", 5),
-    Later("stale-receipt", "a cached admission of a file that was rewritten", "apr.md 3.1", 4),
-    Later("skipped-command", "an action that does not go through the gate", "round 53", 4),
     Later("yarn-lost", "context extension dropped from the configuration", "peers K7, llama.cpp 12957", 6),
     Later("memory-overflow", "a model beyond the memory of the device, without layer streaming", "GH-201", 6),
     Later("streamed-layer", "a streamed layer that is used before it has arrived", "GH-201", 6),
