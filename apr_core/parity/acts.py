@@ -19,7 +19,9 @@ from apr_core.model.trace import Trace, TracedForward, mandatory_names
 from apr_core.parity import explain
 from apr_core.parity.compare import LOGITS, ParityReport, compare
 from apr_core.parity.distribution import DistributionParity, top_margin
-from apr_core.parity.noise import one_rounding, rounding_of, trace_copy
+from apr_core.parity.floor import path
+from apr_core.parity.noise import one_rounding, trace_copy, with_noise
+from apr_core.parity.pair import Yardstick, incomparable, yardstick
 from apr_core.parity.tolerances import (
     AMPLIFIED,
     QUANTISED_TAU,
@@ -27,7 +29,6 @@ from apr_core.parity.tolerances import (
     decisive_margin,
     flip_budget,
     forward_limit,
-    kl_budget,
 )
 
 # One token at position 0 sees no RoPE, no mask, no second key and no cache; 64 positions see all of them.
@@ -45,15 +46,20 @@ T = TypeVar("T")
 @dataclass(frozen=True, eq=False)
 class AgainstReference:
     """
-    The subject and a noisy copy of its reference, each held against the reference on the same tokens.
+    The subject and a rounded copy of its reference, each held against the reference on the same tokens.
 
-    ``found`` and ``price`` are the distributions out of ``subject`` and ``copy``.
+    ``found`` and ``price`` are the distributions out of ``subject`` and of the copy.
     """
 
     subject: ParityReport
-    copy: ParityReport
+    measure: Yardstick
     found: DistributionParity
     price: DistributionParity
+
+    @property
+    def copy(self) -> ParityReport:
+        """The rounded copy against the reference."""
+        return self.measure.report
 
 
 _measured: WeakKeyDictionary[Subject, dict[str, Any]] = WeakKeyDictionary()
@@ -206,9 +212,14 @@ def distribution_of_reference(subject: Subject) -> Finding:
     pair = _once(subject, "reference", _against_reference)
     if isinstance(pair, str):
         return Finding(None, 0, BUDGET_POSITIONS, inconclusive=pair)
-    budget = kl_budget(pair.price)
-    value = pair.found.kl_mean / budget.limit
-    distance = f"mean KL {pair.found.kl_mean:.3g} nat, the limit {budget.limit:.3g}: {budget.source}"
+    budget = pair.measure.limit()
+    ratio, low, high = pair.measure.ratio(pair.found)
+    # the bound decides where our encoder wrote the yardstick; noise in its place is wide enough as it is
+    value = ratio if pair.measure.unwritten else low
+    distance = (
+        f"mean KL {pair.found.kl_mean:.3g} nat, {ratio:.3g} times the limit (95 % interval {low:.3g} to {high:.3g}); "
+        f"the limit is {budget.limit:.3g}, {budget.source}"
+    )
     return Finding(
         value=value,
         compared=pair.found.kl.size,
@@ -309,7 +320,7 @@ def _replay(model: TracedForward, prompt: NDArray[np.int64], path: NDArray[np.in
 
 
 def _against_reference(subject: Subject) -> AgainstReference | str:
-    """Trace subject, reference and noisy copy on the same tokens, or say why that could mean nothing."""
+    """Trace subject, reference and rounded copy on the same tokens, or say why that could mean nothing."""
     reference = _reference(subject)
     why_not = _no_second_side(subject, reference)
     if why_not:
@@ -319,25 +330,19 @@ def _against_reference(subject: Subject) -> AgainstReference | str:
     truth, found = Trace(), Trace()
     reference.model.forward(ids, trace=truth)
     subject.model.forward(ids, trace=found)
-    weights, errors = reference.admission.require(), rounding_of(subject.checkpoint)
-    copy = trace_copy(weights, errors, load_model, ids, seed=subject.seed)
+    measure = yardstick(reference, subject.checkpoint, truth, ids, ids.size)
     names = mandatory_names(reference.model.config.num_hidden_layers)
-    reports = [compare(truth, side, expect=names, tau=QUANTISED_TAU) for side in (found, copy)]
-    if reports[0].logits is None or reports[1].logits is None:
-        return f"the logits were not compared: {', '.join(reports[0].missing) or 'none of the copy'}"
-    return AgainstReference(reports[0], reports[1], reports[0].logits, reports[1].logits)
+    report = compare(truth, found, expect=names, tau=QUANTISED_TAU)
+    if report.logits is None or measure.report.logits is None:
+        return f"the logits were not compared: {', '.join(report.missing) or 'none of the copy'}"
+    return AgainstReference(report, measure, report.logits, measure.report.logits)
 
 
 def _no_second_side(subject: Subject, reference: Subject) -> str:
     """Say why subject and reference cannot be held against each other, or nothing."""
-    if reference.refusal is not None:
-        return f"the reference was refused: {reference.refusal}"
-    if subject.checkpoint.content_hash == reference.checkpoint.content_hash:
+    if reference.refusal is None and subject.checkpoint.content_hash == reference.checkpoint.content_hash:
         return "subject and reference are the same bytes"
-    sizes = subject.model.config.vocab_size, reference.model.config.vocab_size
-    if sizes[0] != sizes[1]:
-        return f"a vocabulary of {sizes[0]} cannot be held against one of {sizes[1]}; see F-GT-011"
-    return ""
+    return incomparable(reference, subject)
 
 
 def _reference(subject: Subject) -> Subject:
@@ -387,7 +392,12 @@ def conditioning(subject: Subject) -> float:
 def _move_weights(subject: Subject) -> ParityReport:
     ids, exact = _stimulus(subject, POSITIONS), Trace()
     subject.plain.forward(ids, trace=exact)
-    return compare(exact, trace_copy(subject.admission.require(), one_rounding, load_plain, ids, seed=subject.seed))
+    return compare(exact, _nudged(subject, ids))
+
+
+def _nudged(subject: Subject, ids: NDArray[np.int64]) -> Trace:
+    change = with_noise(one_rounding, subject.seed)
+    return trace_copy(subject.admission.require(), change, load_plain, path(ids, ids.size))
 
 
 def _undecidable(value: float, limit: float, moved: float | None) -> str:

@@ -122,10 +122,15 @@ def bootstrap(values: F64, level: float = 0.95) -> tuple[float, float]:
     """
     if not np.isfinite(values).all():
         return math.nan, math.nan
-    random = np.random.default_rng(0)
-    means = values[random.integers(0, values.size, (_RESAMPLES, values.size))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(resampled(values[None])[:, 0], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def resampled(columns: F64) -> F64:
+    """Return means [resamples, columns] of ``columns`` [columns, positions] over positions drawn anew, in step."""
+    positions = columns.shape[1]
+    chosen = np.random.default_rng(0).integers(0, positions, (_RESAMPLES, positions))
+    return np.stack([column[chosen].mean(axis=1) for column in columns], axis=1)
 
 
 def compare_logits(

@@ -1,7 +1,8 @@
 """
-A model copied with noise in its weights, and run: what honest rounding does to this very model.
+A model copied with rounded weights, and run: what honest rounding does to this very model.
 
-Two sizes of noise serve. That of a storage type gives the price of the type. That of one float32 rounding, run in
+A copy that our own encoder rounds to the types of a file is the yardstick of that file; where we do not write a type,
+noise of its size stands in. Noise of one float32 rounding, run in
 float64, gives the conditioning: how far the exact answer moves when each weight moves by less than float32 can say. No
 float32 forward can be expected to come closer than a small multiple of it.
 """
@@ -14,11 +15,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from apr_core.contract.types import Validated, ValidatedModel
-from apr_core.dtypes import FORMATS
+from apr_core.dtypes import FORMATS, QuantFormat
+from apr_core.errors import UsageError
 from apr_core.formats.checkpoint import Checkpoint, TensorSource
+from apr_core.formats.codecs import round_to
 from apr_core.formats.safetensors import write_safetensors
 from apr_core.model.trace import Trace, TracedForward
 from apr_core.parity.tolerances import F32, noisy, rounding_error
@@ -27,6 +29,8 @@ ONE_ROUNDING = 2.0**-24
 
 # Relative root mean square error by name and values of a tensor.
 ErrorOf = Callable[[str, F32], float]
+# (number, name, values) of a tensor -> the copy's values
+Change = Callable[[int, str, F32], F32]
 
 
 def rounding_of(subject: Checkpoint) -> ErrorOf:
@@ -48,25 +52,60 @@ def one_rounding(name: str, values: F32) -> float:
     return ONE_ROUNDING
 
 
+def with_noise(error_of: ErrorOf, seed: int) -> Change:
+    """Add normal noise of the size that ``error_of`` says, another to each tensor."""
+
+    def change(at: int, name: str, values: F32) -> F32:
+        return noisy(values, error_of(name, values), np.random.default_rng(seed + at))
+
+    return change
+
+
+def rounded_like(subject: Checkpoint, seed: int) -> tuple[Change, tuple[str, ...]]:
+    """
+    Round each tensor to its type in ``subject`` with our own encoder.
+
+    Returns:
+        The change, and the types that we do not write: their tensors get noise of that type's size instead.
+    """
+    types = {name: info.dtype for name, info in subject.tensors.items()}
+    unwritten = tuple(sorted({str(t) for t in types.values() if not is_writable(t)}))
+    estimate = with_noise(rounding_of(subject), seed)
+
+    def change(at: int, name: str, values: F32) -> F32:
+        dtype = types.get(name)
+        if dtype is None:
+            return values
+        return round_to(values, dtype) if str(dtype) not in unwritten else estimate(at, name, values)
+
+    return change, unwritten
+
+
+def is_writable(dtype: QuantFormat) -> bool:
+    """Ask our encoder whether it writes a type, by having it write one block."""
+    try:
+        round_to(np.zeros((1, max(dtype.block_elements, 1)), np.float32), dtype)
+    except UsageError:
+        return False
+    return True
+
+
 def trace_copy(
     model: ValidatedModel,
-    error_of: ErrorOf,
+    change: Change,
     load: Callable[[Path], TracedForward],
-    ids: NDArray[np.int64],
-    *,
-    seed: int,
+    run: Callable[[TracedForward], Trace],
 ) -> Trace:
     """
-    Trace a copy of the model with noise in its weights.
+    Trace a copy of the model with other values in its weights.
 
     The copy is written as a file and comes back through the gate like any other, so no second way to weights exists.
 
     Args:
         model: Whose weights are copied.
-        error_of: Size of the noise.
-        load: How the copy is run.
-        ids: Tokens of the forward, int64 [tokens].
-        seed: Of the noise.
+        change: What becomes of each tensor: its number, name and values give the copy's values.
+        load: How the copy is loaded.
+        run: How it is traced.
 
     Raises:
         ReadWriteError: The copy cannot be written.
@@ -75,18 +114,15 @@ def trace_copy(
     Cost: four bytes of temporary disk per parameter, and one forward.
     """
     with tempfile.TemporaryDirectory(prefix="apr-noise-") as place:
-        sources = [_source(tensor, error_of, seed + at) for at, tensor in enumerate(model.tensors.values())]
+        sources = [_source(tensor, change, at) for at, tensor in enumerate(model.tensors.values())]
         config = {**model.config, "vocab_size": model.geometry.vocab_size}
         (Path(place) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         write_safetensors(Path(place) / "model.safetensors", sources)
-        trace = Trace()
-        load(Path(place) / "model.safetensors").forward(ids, trace=trace)
-    return trace
+        return run(load(Path(place) / "model.safetensors"))
 
 
-def _source(tensor: Validated, error_of: ErrorOf, seed: int) -> TensorSource:
+def _source(tensor: Validated, change: Change, at: int) -> TensorSource:
     def chunks() -> Iterable[F32]:
-        values = tensor.values()
-        return [noisy(values, error_of(tensor.name, values), np.random.default_rng(seed))]
+        return [change(at, tensor.name, tensor.values())]
 
     return TensorSource(tensor.name, FORMATS["F32"], tensor.shape, chunks)

@@ -24,6 +24,8 @@ F32 = NDArray[np.float32]
 # Twice the root mean square error of the type: K-quants of trained weights vary by less than a half around it, and a
 # damaged tensor costs far more. KL grows with the square.
 FACTOR = 4.0
+# A file rounded by another encoder may cost so many times what ours costs the same model (issue 6; decision 0013).
+YARDSTICK = 1.5
 # Identical weights in two containers, both computed in float32: as F-PAR-004 has it.
 KL_FLOOR = 1e-8
 # Beyond one nat another model speaks, whatever the type (peers.md E5, the corrupt band).
@@ -93,15 +95,9 @@ def noisy(values: F32, error: float, generator: np.random.Generator) -> F32:
     return noise
 
 
-def kl_budget(copy: DistributionParity) -> Tolerance:
-    """Limit on the mean KL to the reference, in nat, from the noisy copy's own."""
-    limit = min(KL_CAP, max(KL_FLOOR, FACTOR * copy.kl_mean))
-    return Tolerance(limit, f"{FACTOR:g} x the mean KL of a copy with the rounding noise of the types (decision 0003)")
-
-
 def flip_budget(copy: DistributionParity) -> Tolerance:
     """
-    Limit on the share of decisive positions with another top token, from the noisy copy's own share.
+    Limit on the share of decisive positions with another top token, from the rounded copy's own share.
 
     The copy's flips plus four standard errors of the difference of two shares over as many positions; one flip is added
     before the error is computed, because none seen does not mean none possible.
@@ -110,7 +106,7 @@ def flip_budget(copy: DistributionParity) -> Tolerance:
     share = len(copy.decisive_flips) / count
     likely = (len(copy.decisive_flips) + 1) / (count + 1)
     limit = share + SIGMAS * math.sqrt(2 * likely * (1 - likely) / count)
-    return Tolerance(min(1.0, limit), f"a noisy copy's share and {SIGMAS:g} standard errors (decision 0003)")
+    return Tolerance(min(1.0, limit), f"the rounded copy's share and {SIGMAS:g} standard errors (decision 0003)")
 
 
 def decisive_margin(logits: Array, limit: float) -> F64:

@@ -270,7 +270,7 @@ def test_rounded_copy_stays_within_its_budget(copy_of: Any) -> None:
         assert not finding.whys
     finding = acts.distribution_of_reference(subject)
     assert finding.value < 1
-    assert finding.noise_floor == pytest.approx(0.25)
+    assert finding.noise_floor == pytest.approx(1 / 1.5)
 
 
 def test_negated_key_bias_breaks_the_budget_and_is_named(copy_of: Any) -> None:

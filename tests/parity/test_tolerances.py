@@ -13,14 +13,10 @@ from apr_core.parity.distribution import compare_logits
 from apr_core.parity.tolerances import (
     _MEASURED,
     AMPLIFIED,
-    FACTOR,
-    KL_CAP,
-    KL_FLOOR,
     conditioned_limit,
     decisive_margin,
     flip_budget,
     forward_limit,
-    kl_budget,
     noisy,
     rounding_error,
 )
@@ -69,16 +65,6 @@ def test_noise_has_the_size_it_says_row_by_row() -> None:
     assert not y[3].any()
     assert (y == noisy(x, 0.05, np.random.default_rng(1))).all()
     assert noisy(x, 0.0, np.random.default_rng(1)) is x
-
-
-def test_kl_budget_follows_the_copy_between_floor_and_cap() -> None:
-    """The budget is a multiple of the copy's KL, never below rounding and never beyond the corrupt band."""
-    x = normal(64, 100)
-    near = compare_logits(x, x + 0.1 * normal(64, 100, seed=1))
-    assert kl_budget(near).limit == pytest.approx(FACTOR * near.kl_mean)
-    assert kl_budget(compare_logits(x, x)).limit == KL_FLOOR
-    assert kl_budget(compare_logits(x, -9 * x)).limit == KL_CAP
-    assert "decision 0003" in kl_budget(near).source
 
 
 def test_flip_budget_allows_what_chance_allows() -> None:
