@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from apr_core.cli import explain, tensors, validate, zoo
+from apr_core.cli import explain, parity, tensors, validate, zoo
 from apr_core.cli.dispatch import SkipContract, admission_of
 from apr_core.errors import UsageError
 
@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
     for command in (run, inspect, validate.validate, tensors.tensors, explain.explain, qa, synth):
         app.command()(command)
     app.command(cls=Suite)(suite)
+    parity.register(app)
     app.add_typer(zoo.app, name="zoo")
 
 

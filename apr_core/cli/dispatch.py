@@ -54,6 +54,9 @@ _NONE = CommandClass(Kind.NONE)
 
 COMMANDS: Mapping[str, CommandClass] = {
     "run": _action("model"),
+    "trace": _action("model", "reference"),
+    "parity": _action("model", "reference"),
+    "eval": _action("model", "base"),
     "qa": _DIAGNOSTIC,
     "validate": _DIAGNOSTIC,
     "inspect": _DIAGNOSTIC,

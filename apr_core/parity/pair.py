@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +161,17 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
     """Stored bits per element over all tensors."""
     elements = sum(int(np.prod(t.shape, dtype=object)) for t in checkpoint.tensors.values())
     return 8 * sum(t.nbytes for t in checkpoint.tensors.values()) / max(1, elements)
+
+
+def is_ladder(costs: Mapping[str, float]) -> bool:
+    """
+    Say whether KL never falls from one type to the next with fewer bits.
+
+    Args:
+        costs: Type -> mean KL to the same reference, from most bits to fewest.
+    """
+    order = list(costs.values())
+    return all(one <= other for one, other in pairwise(order))
 
 
 def _compare(truth: Trace, found: Trace, reference: Subject, tau: float | F64, ids: Ids) -> ParityReport:

@@ -116,9 +116,7 @@ class Bench:
         return self.floors["speed" if precision == "speed" else "exact"][part].limits
 
 
-def prepare(
-    validated: ValidatedModel, reference: TracedForward, ids: Ids, precisions: Sequence[str] = ("exact",)
-) -> Bench:
+def prepare(validated: ValidatedModel, reference: TracedForward, ids: Ids, precisions: Sequence[str] = ()) -> Bench:
     """
     Trace the reference and measure its noise floor.
 
@@ -126,14 +124,14 @@ def prepare(
         validated: The model.
         reference: The float32 torch forward of it.
         ids: At least ``POSITIONS`` ids where the context allows.
-        precisions: Which floors are needed; ``speed`` for engines that round activations.
+        precisions: Of the candidates; ``speed`` needs the floor of rounded activations too.
     """
     room = reference.config.max_position_embeddings
     ids = ids[: min(POSITIONS, room)]
     runs = {"near": path(ids, PREFILL)}
     length = min(ids.size, FAR_PREFILL + FAR_STEPS)
     runs |= {f"far {at}": path(ids[:length], FAR_PREFILL, at) for at in FAR if at + length <= room}
-    kinds = {"speed" if precision == "speed" else "exact" for precision in precisions}
+    kinds = {"exact"} | ({"speed"} & set(precisions))
     floors = {kind: {name: noise_floor(validated, run, kind) for name, run in runs.items()} for kind in kinds}
     return Bench(reference, ids, {name: run(reference) for name, run in runs.items()}, floors)
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
 from apr_core.dtypes import FORMATS
+from apr_core.engines.load import load_model
+from apr_core.engines.subject import Subject, obtain
+from apr_core.falsify.verdict import Verdict
+from apr_core.formats.codecs import round_to
+from apr_core.parity import noise
 from apr_core.parity.distribution import compare_logits
+from apr_core.parity.floor import path
+from apr_core.parity.noise import trace_copy
+from apr_core.parity.pair import hold, is_ladder, yardstick
 from apr_core.parity.tolerances import (
     _MEASURED,
     AMPLIFIED,
+    FACTOR,
     conditioned_limit,
     decisive_margin,
     flip_budget,
@@ -92,3 +102,65 @@ def test_conditioned_limit_never_falls_below_the_claims() -> None:
     assert conditioned_limit(1e-9).limit == forward_limit() == 1e-5
     assert conditioned_limit(1e-4).limit == pytest.approx(AMPLIFIED * 1e-4)
     assert not conditioned_limit(math.nan).limit <= 1e-5 or conditioned_limit(math.nan).limit == 1e-5
+
+
+LADDER = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
+
+
+@pytest.fixture(scope="module")
+def source(oracle: Path) -> Subject:
+    """The oracle's BF16 model."""
+    return obtain(str(oracle / "mini"), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["F16", "Q8_0", "Q6_K", "Q4_K_M"])
+def test_the_files_of_llama_cpp_pin_the_level_of_the_yardstick(name: str, source: Subject, oracle: Path) -> None:
+    """Its files cost what ours cost, so a worse encoder of ours, which would excuse worse files, is seen here."""
+    subject = obtain(str(oracle / "mini" / "gguf" / f"{name}.gguf"), device="cpu")
+    found = hold(source, subject, source.stimulus(128).ids, 64)
+    assert found.verdict is Verdict.CORROBORATED
+    assert found.yardstick is not None
+    assert found.yardstick.unwritten == ()
+    assert found.ratio is not None
+    if name != "F16":
+        assert found.ratio[0] == pytest.approx(1 / 1.5, rel=0.02)
+
+
+def test_the_ladder_of_types_is_monotone(source: Subject) -> None:
+    """Fewer bits never cost less: the check that catches a mislabelled or mistaken encoder without any limit."""
+    ids, weights = source.stimulus(96).ids, source.admission.require()
+    run = path(ids, ids.size)
+    truth = run(source.model)
+    costs = []
+    for name in LADDER:
+        change = lambda at, tensor, x, kind=FORMATS[name]: round_to(x, kind) if x.ndim == 2 else x  # noqa: E731
+        costs.append(compare_logits(truth["logits"], trace_copy(weights, change, load_model, run)["logits"]).kl_mean)
+    assert costs == sorted(costs)
+    assert is_ladder(dict(zip(LADDER, costs, strict=True)))
+    assert not is_ladder({"Q8_0": 0.02, "Q6_K": 0.01})
+
+
+def test_a_type_without_an_encoder_gets_noise_and_a_wider_limit(source: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its name stands in the source of the limit."""
+    monkeypatch.setattr(noise, "is_writable", lambda dtype: str(dtype) != "BF16")
+    ids = source.stimulus(64).ids
+    measure = yardstick(source, source.checkpoint, path(ids, 64)(source.model), ids, 64)
+    assert measure.unwritten == ("BF16",)
+    assert measure.factor == FACTOR
+    assert "noise for BF16" in measure.limit().source
+
+
+def test_the_same_bytes_are_a_control_and_the_same_weights_need_no_yardstick(source: Subject) -> None:
+    """Two openings of one file agree bit for bit; judged by the numbers."""
+    again = obtain(str(source.path), device="cpu")
+    found = hold(source, again, source.stimulus(128).ids, 64)
+    assert (found.verdict, found.control, found.same_weights, found.yardstick) == (Verdict.CORROBORATED, True, True, None)
+    assert found.report is not None
+    assert found.report.required_tolerance == 0
+
+
+def test_the_finer_file_is_the_reference_whatever_the_order(source: Subject, oracle: Path) -> None:
+    """A quantised file named first does not make its source look wrong."""
+    coarse = obtain(str(oracle / "mini" / "gguf" / "Q4_K_M.gguf"), device="cpu")
+    found = hold(coarse, source, source.stimulus(128).ids, 64)
+    assert (found.verdict, found.turned) == (Verdict.CORROBORATED, True)

@@ -1,0 +1,153 @@
+"""The commands trace, parity and eval: what they print, and that verdict and exit code agree."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from apr_core.cli.app import main
+from apr_core.engines import load
+from apr_core.model.trace import TracedForward
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
+    """Run a command with --json."""
+    code = main([*map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_parity_of_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every backend that runs here, at least the independent one, with its floor, coverage and what is missing."""
+    code, body = run(capsys, "parity", "pygmy")
+    assert (code, body["verdict"], body["reason"]) == (0, "CORROBORATED", "")
+    assert body["candidates"][0]["backend"] == "plain"
+    parts = {p["name"] for p in body["candidates"][0]["parts"]}
+    assert parts >= {"prefill", "decode", "far 4000", "isolation", "tracing"}
+    assert body["positions"] == 128
+    assert len(body["noise_floor"]) == len(body["candidates"][0]["names"]) == 14
+    assert {m["backend"] for m in body["not_available"]} >= {"reference on cuda"}
+    assert main(["parity", "pygmy", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "not available" not in out
+    assert "no backend was refuted" in out
+
+
+def test_a_backend_that_is_wrong_is_exit_5(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose values are shifted by one slot: refuted, with its first divergence."""
+    from apr_core.engines.wrap import wrap
+    from apr_core.model.qwen2 import Qwen2
+
+    def shifted(validated: Any, device: str, tokenizer: Any) -> TracedForward:
+        hook = lambda name, x, at: np.roll(x, 1, axis=0) if name == "layers.1.v" and len(x) > 1 else None  # noqa: E731
+        return wrap(Qwen2(validated), hook)
+
+    monkeypatch.setitem(load.ENGINES, ("exact", "cpu"), shifted)
+    code, body = run(capsys, "parity", "pygmy", "--device", "cpu")
+    assert (code, body["verdict"]) == (5, "FALSIFIED")
+    assert "torch with a hook on cpu: prefill: first divergence: layers.1.v at position 0" in body["reason"]
+    assert main(["parity", "pygmy", "--device", "cpu"]) == 5
+
+
+def test_an_asked_for_device_that_is_not_there_is_exit_9(capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing runs on the CPU in its place."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert main(["parity", "pygmy", "--device", "cuda"]) == 9
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pair(pygmy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled model as F16, and with one key bias negated."""
+    made = {}
+    for name in ("f16", "negated"):
+        folder = made[name] = tmp_path_factory.mktemp("pair") / name
+        folder.mkdir()
+        for path in pygmy.iterdir():
+            if path.suffix == ".json":
+                shutil.copy(path, folder)
+        from apr_core.formats.checkpoint import open_checkpoint
+        from apr_core.formats.codecs import decode
+
+        with open_checkpoint(pygmy) as checkpoint:
+            tensors = {n: decode(checkpoint.raw(n)).astype(np.float16) for n in checkpoint.tensors}
+        if name == "negated":
+            tensors["model.layers.0.self_attn.k_proj.bias"] *= -1
+        save_file(tensors, str(folder / "model.safetensors"))
+    assert load_file(made["f16"] / "model.safetensors")
+    return made
+
+
+def test_parity_against_a_reference(capsys: pytest.CaptureFixture[str], pair: dict[str, Path]) -> None:
+    """F16 of BF16 costs next to nothing; a negated bias is far beyond that, and exit 5."""
+    code, body = run(capsys, "parity", pair["f16"], "--reference", "pygmy", "--device", "cpu")
+    assert (code, body["against_reference"]["verdict"]) == (0, "CORROBORATED")
+    code, body = run(capsys, "parity", pair["negated"], "--reference", "pygmy", "--device", "cpu")
+    assert (code, body["verdict"]) == (5, "FALSIFIED")
+    assert "times its limit" in body["against_reference"]["reason"]
+    assert all(c["verdict"] == "CORROBORATED" for c in body["candidates"])
+
+
+def test_nothing_about_a_bypassed_model_is_corroborated(capsys: pytest.CaptureFixture[str], healthy: Path) -> None:
+    """Exit 11 with the reason."""
+    code, body = run(capsys, "parity", healthy, "--device", "cpu", "--skip-contract")
+    assert (code, body["verdict"], body["bypassed"]) == (11, "INCONCLUSIVE", True)
+    assert "--skip-contract" in body["reason"]
+
+
+def test_eval_of_the_bundled_text(capsys: pytest.CaptureFixture[str], pair: dict[str, Path], tmp_path: Path) -> None:
+    """Every token but the first is scored once; against itself everything is zero; F16 is close."""
+    code, body = run(capsys, "eval", "pygmy", "--base", "pygmy")
+    assert (code, body["control"]) == (0, True)
+    assert body["tokens"] >= 2000
+    assert body["scored"] == body["tokens"] - 1
+    low, high = body["perplexity_interval"]
+    assert low < body["perplexity"] < high
+    assert body["against_base"]["kl_mean"] == body["against_base"]["kl_max"] == 0
+    assert body["against_base"]["perplexity_reference"] == pytest.approx(body["perplexity"])
+    text = tmp_path / "short.txt"
+    text.write_text("def fib(n):\n    return n\n" * 9, encoding="utf-8")
+    code, short = run(capsys, "eval", pair["negated"], "--text", text, "--base", "pygmy")
+    assert (code, short["control"]) == (0, False)
+    assert short["against_base"]["kl_mean"] > 1e-4
+    assert main(["eval", "pygmy", "--text", str(text)]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_eval_of_what_cannot_be_read(capsys: pytest.CaptureFixture[str], mute: Path, tmp_path: Path) -> None:
+    """No tokenizer is 6, no text 3, a text that is none 2, another vocabulary 2."""
+    assert main(["eval", str(mute)]) == 6
+    assert main(["eval", "pygmy", "--text", str(tmp_path / "none")]) == 3
+    (tmp_path / "bad").write_bytes(b"\xff\xfe\xfd")
+    assert main(["eval", "pygmy", "--text", str(tmp_path / "bad")]) == 2
+    (tmp_path / "empty").write_bytes(b"")
+    assert main(["eval", "pygmy", "--text", str(tmp_path / "empty")]) == 2
+    assert "expected a text of at least 2 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("level", "rows"), [("none", 0), ("basic", 2), ("layer", 4), ("payload", 14 * 64)])
+def test_trace_levels(capsys: pytest.CaptureFixture[str], level: str, rows: int) -> None:
+    """More with each level; payload shows every name at every position."""
+    code, body = run(capsys, "trace", "pygmy", "--level", level)
+    assert (code, len(body["rows"])) == (0, rows)
+    for row in body["rows"][:3]:
+        assert set(row) == {"name", "position", "rms", "mean", "max_abs", "nonfinite", "digest"}
+
+
+def test_trace_against_a_reference(capsys: pytest.CaptureFixture[str], pair: dict[str, Path]) -> None:
+    """The first name that differs is named; without --diff both sides are shown; a trace judges nothing."""
+    code, body = run(capsys, "trace", pair["negated"], "--reference", "pygmy", "--diff", "-p", "def fib(n):")
+    assert code == 0
+    assert body["first_divergence"].startswith("layers.0.k at position 0")
+    assert main(["trace", str(pair["negated"]), "--reference", "pygmy", "--diff"]) == 0
+    assert "first beyond rel_l2 1e-5: layers.0.k" in capsys.readouterr().out
+    assert main(["trace", "pygmy", "--diff"]) == 2
+    assert main(["trace", "pygmy", "--level", "loud"]) == 2
