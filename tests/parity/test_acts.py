@@ -344,11 +344,11 @@ def test_cuda_side_that_fell_back_is_inconclusive(subject: Subject, monkeypatch:
 @pytest.mark.oracle
 @pytest.mark.parametrize("quant", ["F16", "Q4_K_M"])
 def test_files_of_llama_cpp_are_within_the_budget_of_their_types(oracle: Path, quant: str) -> None:
-    """Healthy files by another's quantiser, on a random model, cost less than half of the budget."""
+    """Healthy files by another's quantiser, on a random model, cost what ours cost: two thirds of the budget."""
     mini = oracle / "mini"
     subject = obtain(str(mini / "gguf" / f"{quant}.gguf"), reference=str(mini), device="cpu")
     assert verdict(acts.distribution_of_reference(subject)) is Verdict.CORROBORATED
-    assert acts.distribution_of_reference(subject).value < 0.5
+    assert acts.distribution_of_reference(subject).value <= pytest.approx(1 / 1.5, rel=0.02)
     assert verdict(acts.top_token_of_reference(subject)) is Verdict.CORROBORATED
 
 

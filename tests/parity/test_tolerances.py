@@ -140,8 +140,10 @@ def test_the_ladder_of_types_is_monotone(source: Subject) -> None:
     assert not is_ladder({"Q8_0": 0.02, "Q6_K": 0.01})
 
 
-def test_a_type_without_an_encoder_gets_noise_and_a_wider_limit(source: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And its name stands in the source of the limit."""
+def test_a_type_without_an_encoder_gets_noise_and_a_wider_limit(
+    source: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a wider limit, whose source names the type."""
     monkeypatch.setattr(noise, "is_writable", lambda dtype: str(dtype) != "BF16")
     ids = source.stimulus(64).ids
     measure = yardstick(source, source.checkpoint, path(ids, 64)(source.model), ids, 64)
@@ -154,7 +156,12 @@ def test_the_same_bytes_are_a_control_and_the_same_weights_need_no_yardstick(sou
     """Two openings of one file agree bit for bit; judged by the numbers."""
     again = obtain(str(source.path), device="cpu")
     found = hold(source, again, source.stimulus(128).ids, 64)
-    assert (found.verdict, found.control, found.same_weights, found.yardstick) == (Verdict.CORROBORATED, True, True, None)
+    assert (found.verdict, found.control, found.same_weights, found.yardstick) == (
+        Verdict.CORROBORATED,
+        True,
+        True,
+        None,
+    )
     assert found.report is not None
     assert found.report.required_tolerance == 0
 
