@@ -12,6 +12,7 @@ from apr_core.errors import AprError, FormatError
 from apr_core.formats.apr_unrunnable import describe_unrunnable
 from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
 from apr_core.formats.codecs import decoder_name
+from apr_core.formats.executables import find_executables
 from apr_core.report.text import nbytes
 
 LONGEST = 200  # characters of a metadata value that are shown
@@ -27,8 +28,9 @@ def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
         digest: Hash the weight files.
 
     Returns:
-        path, format, files, tensors, parameters, weight_bytes, bits_per_weight, types, config, metadata, tokenizer,
-        gaps, and sha256 when asked for. For an APR version 1 file: what its header says, and why it cannot be run.
+        path, format, container (what it says about itself), files, tensors, parameters, weight_bytes, bits_per_weight,
+        types, config, metadata, tokenizer, gaps, executables when pickles lie beside the weights, and sha256 when asked
+        for. For an APR file that cannot be run (version 1, JSON-APR): what its header says, and why.
 
     Raises:
         AprError: There is no such file, or it does not parse.
@@ -49,6 +51,7 @@ def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
         body = {
             "path": str(checkpoint.path),
             "format": checkpoint.format,
+            "container": dict(checkpoint.facts),
             "files": [{"name": f.name, "bytes": f.stat().st_size} for f in checkpoint.files],
             "tensors": len(tensors),
             "parameters": parameters,
@@ -60,6 +63,8 @@ def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
             "tokenizer": _tokenizer(checkpoint),
             "gaps": [{"file": g.file.name, "offset": g.offset, "bytes": g.nbytes} for g in checkpoint.gaps],
         }
+        executables = [{"name": name, "what": kind} for name, kind in find_executables(checkpoint.folder)]
+        body |= {"executables": executables} if executables else {}
         return {**body, "sha256": checkpoint.content_hash} if digest else body
 
 
@@ -119,6 +124,8 @@ def show_description(body: Mapping[str, Any]) -> None:
         return
     show(f"path             {body['path']}")
     show(f"format           {body['format']}")
+    if body["container"]:
+        show(f"container        {', '.join(f'{key} {value}' for key, value in body['container'].items())}")
     for file in body["files"]:
         show(f"file             {file['name']}, {file['bytes']:,} bytes")
     if "sha256" in body:
@@ -133,6 +140,8 @@ def show_description(body: Mapping[str, Any]) -> None:
         show(f"tokenizer        {tokenizer['vocab_size']} tokens, {template}, ends on {tokenizer['end_tokens']}")
     else:
         show(f"tokenizer        none: {tokenizer['reason']}")
+    for entry in body.get("executables", ()):
+        show(f"executable       {entry['name']}: {entry['what']}; it is not loaded, and can run code where it is")
     for gap in body["gaps"]:
         show(f"unexplained      {gap['bytes']} bytes at {gap['offset']} in {gap['file']}")
     print()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from apr_core.errors import FormatError
 from apr_core.formats.checkpoint import TensorSource
 from apr_core.formats.gguf import write_gguf
 from apr_core.model.synth import synthesise
+from tests.attacks.build import VALID_APR, apr_packed
 
 
 def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -38,6 +40,29 @@ def test_a_healthy_model_is_described(healthy: Path, capsys: pytest.CaptureFixtu
     assert body["metadata"]["apr.untrained"] == "true"
     assert body["config"]["num_key_value_heads"] == 2
     assert (body["gaps"], "sha256" in body) == ([], False)
+
+
+def test_executable_content_beside_the_weights_is_listed(
+    healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pickle beside the weights is legal, and said; without one there is no such entry."""
+    (tmp_path / "model.safetensors").write_bytes((healthy / "model.safetensors").read_bytes())
+    assert "executables" not in _json(capsys, str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}, 2))
+    kind = "a Python pickle (protocol 2)"
+    assert _json(capsys, str(tmp_path))["executables"] == [{"name": "pytorch_model.bin", "what": kind}]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert f"executable       pytorch_model.bin: {kind}" in capsys.readouterr().out
+
+
+def test_what_the_container_says_about_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Version, flags, compression and parts of an APR file."""
+    (tmp_path / "f").write_bytes(apr_packed(VALID_APR, 0x0402))
+    flags = ["zstd_compressed", "layout_row_major"]
+    expected = {"version": "2.0", "flags": flags, "compressed": True, "parts": 1}
+    assert _json(capsys, str(tmp_path / "f"))["container"] == expected
+    assert main(["inspect", str(tmp_path / "f")]) == 0
+    assert "compressed True, parts 1" in capsys.readouterr().out
 
 
 def test_the_hash_is_that_of_the_file(healthy: Path, capsys: pytest.CaptureFixture[str]) -> None:
