@@ -152,4 +152,23 @@ def _reference(validated: ValidatedModel, device: str, tokenizer: Tokenizer | No
     return Qwen2(validated, device, tokenizer)
 
 
-ENGINES = Engines({("reference", "cpu"): _reference, ("reference", "cuda"): _reference})
+def _exact(validated: ValidatedModel, device: str, tokenizer: Tokenizer | None) -> TracedForward:
+    from apr_core.engines.cpu import CpuQwen2
+
+    return CpuQwen2(validated, "exact", tokenizer)
+
+
+def _speed(validated: ValidatedModel, device: str, tokenizer: Tokenizer | None) -> TracedForward:
+    from apr_core.engines.cpu import CpuQwen2
+
+    return CpuQwen2(validated, "speed", tokenizer)
+
+
+ENGINES = Engines(
+    {
+        ("reference", "cpu"): _reference,
+        ("reference", "cuda"): _reference,
+        ("exact", "cpu"): _exact,
+        ("speed", "cpu"): _speed,
+    }
+)

@@ -63,7 +63,7 @@ def test_a_refused_model_does_not_load(tmp_path: Path) -> None:
 def test_a_precision_without_an_engine_names_those_that_are(tiny: Path, precision: str) -> None:
     """Exit 9, before the file is read; never the reference in its place."""
     with pytest.raises(Unavailable, match="there is reference on cpu, reference on cuda") as caught:
-        load_model(tiny / "nothing", precision=precision)
+        load_model(tiny / "nothing", device="cuda", precision=precision)
     assert caught.value.exit_code == 9
     with pytest.raises(Unavailable):
         build(admit(tiny), precision=precision)

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 
 from apr_core.errors import Unavailable, UsageError
 
@@ -76,6 +77,16 @@ def choose_path(forced: str | None = None) -> str:
         missing = ", ".join(name for name in _NEEDED if name not in instructions())
         raise Unavailable(f"the path {asked} needs {missing}, which this processor lacks", advice=f"use {PORTABLE}")
     return asked
+
+
+listeners: list[Callable[[str], object]] = []
+"""Called with a line of text before something that takes long and happens once; a command line puts its own here."""
+
+
+def announce(text: str) -> None:
+    """Tell whoever listens."""
+    for listener in listeners:
+        listener(text)
 
 
 def available_cores() -> int:

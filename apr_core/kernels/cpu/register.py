@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from apr_core.dtypes import FORMATS, QuantFormat
 from apr_core.formats.codecs import decode_bytes
-from apr_core.kernels.cpu.activations import quantise_reference, quantise_token, tile_block_bytes
+from apr_core.kernels.cpu import elementwise
+from apr_core.kernels.cpu.activations import TILE, quantise_reference, quantise_token, tile_block_bytes
 from apr_core.kernels.cpu.features import available_paths
+from apr_core.kernels.cpu.matmul import SCRATCH, matmul
 from apr_core.kernels.cpu.matvec import matvec
 from apr_core.kernels.cpu.panels import BLOCK, LAYOUTS, ROWS, example_bytes, pack_reference
 from apr_core.kernels.cpu.repack import repack
@@ -59,26 +61,185 @@ def multiply(mode: Mode, dtype: QuantFormat, data: Bytes, rows: int, columns: in
     return out[:rows]
 
 
+def multiply_many(mode: Mode, dtype: QuantFormat, data: Bytes, rows: int, columns: int, x: Floats) -> Floats:
+    """As `multiply` for ``x`` float32 [tokens, columns], in tiles: float32 [tokens, rows]."""
+    panels, blocks = repack(dtype, data, rows, columns), -(-columns // BLOCK)
+    count, tokens = -(-rows // ROWS), -(-len(x) // TILE) * TILE
+    values = np.zeros((tokens, BLOCK * blocks), np.float32)
+    values[: len(x), :columns] = x
+    size = blocks * tile_block_bytes(TILE, mode.digits)
+    tiles = np.zeros(tokens // TILE * size, np.uint8)
+    for t in range(len(x)):
+        at = tiles.ctypes.data + t // TILE * size
+        quantise_token(mode, values[t].ctypes.data, blocks, at, TILE, t % TILE)
+    out = np.full((tokens, ROWS * count), np.nan, np.float32)
+    scratch = np.full(blocks * SCRATCH // 4, np.nan, np.float32)
+    code = LAYOUTS[dtype.name].code
+    matmul(
+        mode, code, panels.ctypes.data, blocks, 0, count, tiles.ctypes.data, values.ctypes.data, tokens // TILE,
+        scratch.ctypes.data, out.ctypes.data, out.strides[0],
+    )  # fmt: skip
+    return out[: len(x), :rows]
+
+
+def _prompts(dtype: QuantFormat) -> Iterator[tuple[QuantFormat, Bytes, int, int, Floats]]:
+    """One token, a tile and a rest."""
+    random = np.random.default_rng(8)
+    for tokens, example in zip((1, 8, 13), _shapes(dtype, 4), strict=True):
+        yield *example, random.standard_normal((tokens, example[3])).astype(np.float32)
+
+
 def multiply_reference(digits: int, dtype: QuantFormat, data: Bytes, rows: int, columns: int, x: Floats) -> Floats:
     """
-    The same in numpy and float64.
+    The same in numpy and float64, for ``x`` [columns] or [tokens, columns].
 
     ``speed`` is held against the product with the quantised vector, ``exact`` against that with the vector itself.
     """
     weights = decode_bytes(dtype, data, (rows, columns)).astype(np.float64)
     quantised = digits == 1 and not dtype.plain
-    product: Floats = (weights @ (quantise_reference(x, 1) if quantised else x.astype(np.float64))).astype(np.float32)
-    return product
+    values = quantise_reference(x, 1) if quantised else x.astype(np.float64)
+    return (values @ weights.T).astype(np.float32)
 
 
 def _register(path: str, precision: str, dtype: QuantFormat) -> None:
     mode = Mode(path, DIGITS[precision])
-    examples: Callable[[], Iterator[tuple[Any, ...]]] = partial(_vectors, dtype)
     reference = partial(multiply_reference, mode.digits)
-    register(
-        Kernel("matvec", dtype.name, "cpu", path, precision, partial(multiply, mode), reference, examples, _FLOAT_ORDER)
+    products: tuple[tuple[str, Callable[..., Floats], Callable[..., Iterator[tuple[Any, ...]]]], ...] = (
+        ("matvec", multiply, _vectors),
+        ("matmul", multiply_many, _prompts),
     )
+    for op, run, examples in products:
+        register(
+            Kernel(
+                op,
+                dtype.name,
+                "cpu",
+                path,
+                precision,
+                partial(run, mode),
+                reference,
+                partial(examples, dtype),
+                _FLOAT_ORDER,
+            )
+        )
 
+
+def _row(values: Floats) -> Floats:
+    """Pad to whole blocks with zeros, in memory of its own."""
+    row = np.zeros(-(-values.size // BLOCK) * BLOCK, np.float32)
+    row[: values.size] = values
+    return row
+
+
+def _rms_norm(x: Floats, gain: Floats, eps: float) -> Floats:
+    source, scale = _row(x), _row(gain)
+    out = np.full(source.size, np.nan, np.float32)
+    elementwise.rms_norm(source.ctypes.data, scale.ctypes.data, out.ctypes.data, x.size, source.size, np.float32(eps))
+    return out[: x.size]
+
+
+def _rms_norm_reference(x: Floats, gain: Floats, eps: float) -> Floats:
+    wide = x.astype(np.float64)
+    return (wide / np.sqrt((wide**2).mean() + eps) * gain).astype(np.float32)
+
+
+def _norms() -> Iterator[tuple[Floats, Floats, float]]:
+    random = np.random.default_rng(9)
+    for size in (7, 32, 63, 896):
+        yield *random.standard_normal((2, size)).astype(np.float32), 1e-6
+
+
+def _swiglu(gate: Floats, up: Floats) -> Floats:
+    first, second = _row(gate), _row(up)
+    out = np.full(first.size, np.nan, np.float32)
+    elementwise.swiglu(first.ctypes.data, second.ctypes.data, out.ctypes.data, 0, first.size // 16)
+    return out[: gate.size]
+
+
+def _swiglu_reference(gate: Floats, up: Floats) -> Floats:
+    wide = gate.astype(np.float64)
+    with np.errstate(over="ignore"):
+        return (wide / (1 + np.exp(-wide)) * up).astype(np.float32)
+
+
+def _gates() -> Iterator[tuple[Floats, Floats]]:
+    random = np.random.default_rng(10)
+    for size in (5, 64, 63):
+        yield 9 * random.standard_normal(size).astype(np.float32), random.standard_normal(size).astype(np.float32)
+    yield np.array([-200, -88, -0.0, 0, 88, 200], np.float32), np.ones(6, np.float32)
+
+
+def _attend(query: Floats, keys: Floats, values: Floats) -> Floats:
+    """One query [head_dim] over keys and values [length, head_dim], put into a cache position by position."""
+    length, dim = keys.shape
+    width = -(-dim // 16) * 16
+    panels = np.full((-(-length // 16), dim, 16), np.nan, np.float32)
+    rows = np.full((length, width), np.nan, np.float32)
+    rows[:, dim:] = 0
+    for t in range(length):
+        elementwise.cache_position(
+            np.ascontiguousarray(keys[t]).ctypes.data,
+            np.ascontiguousarray(values[t]).ctypes.data,
+            panels.ctypes.data,
+            rows.ctypes.data,
+            t,
+            dim,
+            4 * width,
+        )
+    scores, out = np.full(panels.shape[0] * 16, np.nan, np.float32), np.full(dim + 16, np.nan, np.float32)
+    elementwise.attend(
+        query.ctypes.data,
+        panels.ctypes.data,
+        rows.ctypes.data,
+        length,
+        dim,
+        4 * width,
+        scores.ctypes.data,
+        out.ctypes.data,
+    )
+    assert np.isnan(out[dim:]).all(), "the next head was written to"
+    return out[:dim]
+
+
+def _attend_reference(query: Floats, keys: Floats, values: Floats) -> Floats:
+    scores = keys.astype(np.float64) @ query / np.sqrt(query.size)
+    shares = np.exp(scores - scores.max())
+    return (shares @ values / shares.sum()).astype(np.float32)
+
+
+def _contexts() -> Iterator[tuple[Floats, Floats, Floats]]:
+    random = np.random.default_rng(11)
+    for length, dim in ((1, 2), (15, 6), (16, 64), (63, 24), (200, 128)):
+        scale = np.float32(3)
+        query = scale * random.standard_normal(dim).astype(np.float32)
+        yield query, *random.standard_normal((2, length, dim)).astype(np.float32)
+
+
+def _rotate(x: Floats, angles: Floats) -> Floats:
+    out, table = x.copy(), np.concatenate([np.cos(angles), np.sin(angles)])
+    elementwise.rotate(out.ctypes.data, table.ctypes.data, x.size)
+    return out
+
+
+def _rotate_reference(x: Floats, angles: Floats) -> Floats:
+    half = x.size // 2
+    pairs = (x[:half] + 1j * x[half:]) * np.exp(1j * angles.astype(np.float64))
+    return np.concatenate([pairs.real, pairs.imag]).astype(np.float32)
+
+
+def _heads() -> Iterator[tuple[Floats, Floats]]:
+    random = np.random.default_rng(12)
+    for dim in (2, 6, 64):
+        yield random.standard_normal(dim).astype(np.float32), random.uniform(0, 6, dim // 2).astype(np.float32)
+
+
+for _op, _run, _reference, _examples in (
+    ("rms_norm", _rms_norm, _rms_norm_reference, _norms),
+    ("swiglu", _swiglu, _swiglu_reference, _gates),
+    ("attention", _attend, _attend_reference, _contexts),
+    ("rope", _rotate, _rotate_reference, _heads),
+):
+    register(Kernel(_op, "any", "cpu", "numba", "exact", _run, _reference, _examples, _FLOAT_ORDER))
 
 for _name in LAYOUTS:
     _dtype = FORMATS[_name]

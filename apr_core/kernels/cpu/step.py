@@ -1,0 +1,401 @@
+"""
+A whole forward in one compiled call per thread: no trip through Python between two operations.
+
+Every thread runs `run_layers` with its own number; they share the buffers, split rows, heads and panels among
+themselves, and meet at barriers. A barrier spins for a bounded number of polls and then gives its core away at each
+poll: with a pure spin, decoding collapses as soon as another process takes one of the cores.
+
+With one token (a decode step) each thread prepares its own copy of the small inputs, which is cheaper than a barrier.
+With several (a prefill) tokens are prepared by all threads together and multiplied in tiles of eight.
+
+Addresses and sizes come in int64 tables, laid out by the names below.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from apr_core.kernels.cpu import vec
+from apr_core.kernels.cpu.activations import TILE, block_bytes, quantise_token
+from apr_core.kernels.cpu.elementwise import add_rows, attend, cache_position, rms_norm, rotate, swiglu
+from apr_core.kernels.cpu.jit import INLINE, JIT
+from apr_core.kernels.cpu.linkage import call_matmul, call_matvec
+
+# Columns of the table of matrices, one row each.
+CODE, ADDRESS, BLOCKS, PANELS = range(4)
+# Rows of that table within a layer.
+Q, K, V, OUTPUT, GATE, UP, DOWN = range(7)
+# Columns of the table of vectors, one row per layer: addresses of gains and biases.
+INPUT_GAIN, POST_GAIN, Q_BIAS, K_BIAS, V_BIAS = range(5)
+# The table of sizes. Widths are padded values per row of a buffer; rows of the cache are bytes.
+HIDDEN, HIDDEN_WIDTH, QUERY_WIDTH, KEY_WIDTH, INNER_WIDTH, HEADS, KV_HEADS, HEAD_DIM, VALUE_ROW, CAPACITY = range(10)
+# The table of buffers that all threads share: addresses.
+(
+    RESIDUAL, NORMED, QUERY, KEY, VALUE, MIXED, ATTENTION, MIDDLE, GATED, UPPER, INNER, SHRUNK, TILES, KEYS, VALUES,
+    ROPE,
+) = range(16)  # fmt: skip
+# The table of buffers of one thread: addresses.
+OWN_NORMED, OWN_TILE, OWN_SCRATCH, OWN_SCORES = range(4)
+# Words of the barrier, on different cache lines.
+BARRIER_WORDS = 32
+_GENERATION = 8 * 16
+
+SPINS = 4096
+"""Polls of a barrier before it gives its core away: some tens of microseconds."""
+_FLOATS = 6  # codes from here on are float types
+
+
+@njit(**JIT)
+def barrier(words: int, threads: int, spins: int) -> None:
+    """Wait until every thread is here; ``words`` is the address of `BARRIER_WORDS` int64, zero at first."""
+    if threads == 1:
+        return
+    generation = vec.atomic_load(words + _GENERATION)
+    if vec.atomic_add(words, 1) == threads - 1:
+        vec.atomic_store(words, 0)
+        vec.atomic_store(words + _GENERATION, generation + 1)
+        return
+    polls = 0
+    while vec.atomic_load(words + _GENERATION) == generation:
+        polls += 1
+        if polls > spins:
+            vec.give_way()
+
+
+@njit(**INLINE)
+def _share(count: int, thread: int, threads: int) -> tuple[int, int]:
+    """The part of ``count`` items that a thread takes."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+@njit(**JIT)
+def _quantise(
+    mode: vec.Mode, values: int, blocks: int, tokens: int, single: bool, tiles: int, thread: int, threads: int
+) -> None:
+    """Quantise rows of 32 * blocks values: the one row into the thread's own tile, or its share of many into all."""
+    if single:
+        quantise_token(mode, values, blocks, tiles, 1, 0)
+        return
+    size = blocks * block_bytes(TILE, vec.digits_of(mode))
+    first, stop = _share(tokens, thread, threads)
+    for t in range(first, stop):
+        quantise_token(mode, values + 128 * blocks * t, blocks, tiles + t // TILE * size, TILE, t % TILE)
+
+
+@njit(**JIT)
+def _multiply(
+    mode: vec.Mode,
+    matrix: np.ndarray,
+    first: int,
+    stop: int,
+    tokens: int,
+    single: bool,
+    tiles: int,
+    values: int,
+    scratch: int,
+    out: int,
+    width: int,
+) -> None:
+    """One thread's panels of one matrix, times one token or several."""
+    code, address, blocks = matrix[CODE], matrix[ADDRESS], matrix[BLOCKS]
+    if single:
+        call_matvec(mode, code, address, blocks, first, stop, tiles, values, out)
+    else:
+        count = (tokens + TILE - 1) // TILE
+        call_matmul(mode, code, address, blocks, first, stop, tiles, values, count, scratch, out, 4 * width)
+
+
+@njit(**JIT)
+def _attention_inputs(
+    mode: vec.Mode,
+    matrices: np.ndarray,
+    vectors: np.ndarray,
+    sizes: np.ndarray,
+    shared: np.ndarray,
+    own: np.ndarray,
+    tokens: int,
+    single: bool,
+    tiles: int,
+    normed: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """Queries, keys and values of this thread's panels, with their biases."""
+    for m in range(3):
+        out = shared[QUERY + m]
+        width = sizes[QUERY_WIDTH] if m == 0 else sizes[KEY_WIDTH]
+        first, stop = _share(matrices[Q + m, PANELS], thread, threads)
+        _multiply(mode, matrices[Q + m], first, stop, tokens, single, tiles, normed, own[OWN_SCRATCH], out, width)
+        for t in range(tokens):
+            row = out + 4 * width * t
+            add_rows(row, vectors[Q_BIAS + m], row, first, stop)
+
+
+@njit(**JIT)
+def _rotate_and_cache(
+    sizes: np.ndarray, shared: np.ndarray, layer: int, tokens: int, start: int, thread: int, threads: int
+) -> None:
+    """RoPE of every query and key head, and the new positions of the cache; items are heads of tokens."""
+    heads, kv_heads, dim = sizes[HEADS], sizes[KV_HEADS], sizes[HEAD_DIM]
+    first, stop = _share(tokens * (heads + kv_heads), thread, threads)
+    for item in range(first, stop):
+        t, head = item // (heads + kv_heads), item % (heads + kv_heads)
+        table = shared[ROPE] + 4 * dim * t
+        if head < heads:
+            rotate(shared[QUERY] + 4 * (sizes[QUERY_WIDTH] * t + dim * head), table, dim)
+        else:
+            head -= heads
+            at = 4 * (sizes[KEY_WIDTH] * t + dim * head)
+            rotate(shared[KEY] + at, table, dim)
+            place = (layer * kv_heads + head) * sizes[CAPACITY]
+            keys, values = shared[KEYS] + 4 * dim * place, shared[VALUES] + sizes[VALUE_ROW] * place
+            cache_position(shared[KEY] + at, shared[VALUE] + at, keys, values, start + t, dim, sizes[VALUE_ROW])
+
+
+@njit(**JIT)
+def _attention(
+    sizes: np.ndarray,
+    shared: np.ndarray,
+    own: np.ndarray,
+    layer: int,
+    tokens: int,
+    start: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """Every query head of every token against the positions up to its own; heads of a group stay together."""
+    heads, kv_heads, dim = sizes[HEADS], sizes[KV_HEADS], sizes[HEAD_DIM]
+    first, stop = _share(heads * tokens, thread, threads)
+    for item in range(first, stop):
+        head, t = item // tokens, item % tokens
+        place = (layer * kv_heads + head // (heads // kv_heads)) * sizes[CAPACITY]
+        at = 4 * (sizes[QUERY_WIDTH] * t + dim * head)
+        attend(
+            shared[QUERY] + at,
+            shared[KEYS] + 4 * dim * place,
+            shared[VALUES] + sizes[VALUE_ROW] * place,
+            start + t + 1,
+            dim,
+            sizes[VALUE_ROW],
+            own[OWN_SCORES],
+            shared[MIXED] + at,
+        )
+
+
+@njit(**JIT)
+def _norm_rows(
+    x: int, gain: int, out: int, sizes: np.ndarray, tokens: int, single: bool, eps: float, thread: int, threads: int
+) -> None:
+    """RMSNorm of one row by every thread, or of a thread's share of many."""
+    n, width = sizes[HIDDEN], sizes[HIDDEN_WIDTH]
+    if single:
+        rms_norm(x, gain, out, n, width, np.float32(eps))
+        return
+    first, stop = _share(tokens, thread, threads)
+    for t in range(first, stop):
+        rms_norm(x + 4 * width * t, gain, out + 4 * width * t, n, width, np.float32(eps))
+
+
+@njit(**JIT)
+def _add_product(
+    mode: vec.Mode,
+    matrix: np.ndarray,
+    sizes: np.ndarray,
+    tokens: int,
+    single: bool,
+    tiles: int,
+    values: int,
+    scratch: int,
+    product: int,
+    x: int,
+    out: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """``out = x + product`` for this thread's panels of the hidden size."""
+    width = sizes[HIDDEN_WIDTH]
+    first, stop = _share(matrix[PANELS], thread, threads)
+    _multiply(mode, matrix, first, stop, tokens, single, tiles, values, scratch, product, width)
+    for t in range(tokens):
+        at = 4 * width * t
+        add_rows(x + at, product + at, out + at, first, stop)
+
+
+@njit(**JIT)
+def _layer(
+    mode: vec.Mode,
+    matrices: np.ndarray,
+    vectors: np.ndarray,
+    sizes: np.ndarray,
+    shared: np.ndarray,
+    own: np.ndarray,
+    eps: float,
+    layer: int,
+    tokens: int,
+    single: bool,
+    start: int,
+    words: int,
+    spins: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """One decoder layer; buffers keep everything that a trace records until the next one."""
+    normed = own[OWN_NORMED] if single else shared[NORMED]
+    tiles = own[OWN_TILE] if single else shared[TILES]
+    scratch = own[OWN_SCRATCH]
+
+    _norm_rows(shared[RESIDUAL], vectors[INPUT_GAIN], normed, sizes, tokens, single, eps, thread, threads)
+    if not single:
+        barrier(words, threads, spins)
+    if min(matrices[Q, CODE], matrices[K, CODE], matrices[V, CODE]) < _FLOATS:
+        _quantise(mode, normed, matrices[Q, BLOCKS], tokens, single, tiles, thread, threads)
+        if not single:
+            barrier(words, threads, spins)
+    _attention_inputs(mode, matrices, vectors, sizes, shared, own, tokens, single, tiles, normed, thread, threads)
+    barrier(words, threads, spins)
+    _rotate_and_cache(sizes, shared, layer, tokens, start, thread, threads)
+    barrier(words, threads, spins)
+    _attention(sizes, shared, own, layer, tokens, start, thread, threads)
+    barrier(words, threads, spins)
+
+    mixed = shared[MIXED]
+    if matrices[OUTPUT, CODE] < _FLOATS:
+        _quantise(mode, mixed, matrices[OUTPUT, BLOCKS], tokens, single, tiles, thread, threads)
+        if not single:
+            barrier(words, threads, spins)
+    _add_product(
+        mode, matrices[OUTPUT], sizes, tokens, single, tiles, mixed, scratch,
+        shared[ATTENTION], shared[RESIDUAL], shared[MIDDLE], thread, threads,
+    )  # fmt: skip
+    barrier(words, threads, spins)
+
+    _norm_rows(shared[MIDDLE], vectors[POST_GAIN], normed, sizes, tokens, single, eps, thread, threads)
+    if not single:
+        barrier(words, threads, spins)
+    if min(matrices[GATE, CODE], matrices[UP, CODE]) < _FLOATS:
+        _quantise(mode, normed, matrices[GATE, BLOCKS], tokens, single, tiles, thread, threads)
+        if not single:
+            barrier(words, threads, spins)
+    width = sizes[INNER_WIDTH]
+    first, stop = _share(matrices[GATE, PANELS], thread, threads)
+    _multiply(mode, matrices[GATE], first, stop, tokens, single, tiles, normed, scratch, shared[GATED], width)
+    _multiply(mode, matrices[UP], first, stop, tokens, single, tiles, normed, scratch, shared[UPPER], width)
+    for t in range(tokens):
+        at = 4 * width * t
+        swiglu(shared[GATED] + at, shared[UPPER] + at, shared[INNER] + at, first, stop)
+    barrier(words, threads, spins)
+
+    inner = shared[INNER]
+    if matrices[DOWN, CODE] < _FLOATS:
+        _quantise(mode, inner, matrices[DOWN, BLOCKS], tokens, single, tiles, thread, threads)
+        if not single:
+            barrier(words, threads, spins)
+    _add_product(
+        mode, matrices[DOWN], sizes, tokens, single, tiles, inner, scratch,
+        shared[SHRUNK], shared[MIDDLE], shared[RESIDUAL], thread, threads,
+    )  # fmt: skip
+    barrier(words, threads, spins)
+
+
+@njit(**JIT)
+def run_layers(
+    mode: vec.Mode,
+    matrices: np.ndarray,
+    vectors: np.ndarray,
+    sizes: np.ndarray,
+    shared: np.ndarray,
+    own: np.ndarray,
+    eps: float,
+    first: int,
+    stop: int,
+    tokens: int,
+    single: bool,
+    start: int,
+    words: int,
+    spins: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """
+    Run layers ``first`` to ``stop`` on the rows of the buffer RESIDUAL, which then holds their result.
+
+    Every thread calls it with the same arguments but for ``own`` and ``thread``.
+
+    Args:
+        mode: Path and digits.
+        matrices: int64 [layers, 7, 4].
+        vectors: int64 [layers, 5].
+        sizes: int64 [10].
+        shared: int64 [16].
+        own: int64 [4], this thread's.
+        eps: Of the norms.
+        first: First layer.
+        stop: Layer behind the last.
+        tokens: Rows.
+        single: One token by matrix-vector products; else tiles, whatever the number of tokens, so that a token's bits
+            do not depend on how a prompt is cut.
+        start: Positions that the cache holds; the buffer ROPE begins with the rotation of the first token.
+        words: Address of the barrier.
+        spins: Polls before a barrier gives its core away.
+        thread: Which thread this is.
+        threads: How many there are.
+    """
+    for layer in range(first, stop):
+        _layer(
+            mode, matrices[layer], vectors[layer], sizes, shared, own, eps,
+            layer, tokens, single, start, words, spins, thread, threads,
+        )  # fmt: skip
+
+
+@njit(**JIT)
+def run_head(
+    mode: vec.Mode,
+    head: np.ndarray,
+    gain: int,
+    sizes: np.ndarray,
+    shared: np.ndarray,
+    own: np.ndarray,
+    eps: float,
+    skip: int,
+    tokens: int,
+    single: bool,
+    logits: int,
+    words: int,
+    spins: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """
+    Run the last norm and the head on ``tokens`` rows of RESIDUAL behind the first ``skip``.
+
+    Args:
+        head: int64 [4], the matrix.
+        gain: Address of the last norm's gain.
+        mode: Path and digits.
+        sizes: As in `run_layers`.
+        shared: As in `run_layers`.
+        own: As in `run_layers`.
+        eps: Of the norm.
+        skip: Rows to leave out: all but one in a prefill whose last logits alone are wanted.
+        tokens: Rows to compute.
+        single: One token by matrix-vector products.
+        logits: Address of float32 [tokens up to a multiple of 8, 16 * panels].
+        words: Address of the barrier.
+        spins: Polls before a barrier gives its core away.
+        thread: Which thread this is.
+        threads: How many there are.
+    """
+    x = shared[RESIDUAL] + 4 * sizes[HIDDEN_WIDTH] * skip
+    normed = own[OWN_NORMED] if single else shared[NORMED]
+    tiles = own[OWN_TILE] if single else shared[TILES]
+    _norm_rows(x, gain, normed, sizes, tokens, single, eps, thread, threads)
+    if not single:
+        barrier(words, threads, spins)
+    if head[CODE] < _FLOATS:
+        _quantise(mode, normed, head[BLOCKS], tokens, single, tiles, thread, threads)
+        if not single:
+            barrier(words, threads, spins)
+    first, stop = _share(head[PANELS], thread, threads)
+    _multiply(mode, head, first, stop, tokens, single, tiles, normed, own[OWN_SCRATCH], logits, 16 * head[PANELS])
+    barrier(words, threads, spins)
