@@ -66,7 +66,7 @@ def test_a_precision_without_an_engine_names_those_that_are(tiny: Path, precisio
         load_model(tiny / "nothing", device="cuda", precision=precision)
     assert caught.value.exit_code == 9
     with pytest.raises(Unavailable):
-        build(admit(tiny), precision=precision)
+        build(admit(tiny), device="cuda", precision=precision)
 
 
 def test_no_cuda_is_said_and_nothing_falls_back(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
