@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from apr_core.cli import explain, parity, tensors, validate, zoo
+from apr_core.cli import explain, parity, rosetta, tensors, validate, zoo
 from apr_core.cli.dispatch import SkipContract, admission_of
 from apr_core.errors import UsageError
 
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
     app.command(cls=Suite)(suite)
     parity.register(app)
+    rosetta.register(app)
     app.add_typer(zoo.app, name="zoo")
 
 

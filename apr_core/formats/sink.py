@@ -79,7 +79,7 @@ def replacing(path: Path, progress: Callable[[int], None] | None = None, *, chec
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:  # KeyboardInterrupt too: a stump of gigabytes must not stay behind
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -90,9 +90,14 @@ def replacing(path: Path, progress: Callable[[int], None] | None = None, *, chec
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; some file systems do not offer that, which is no reason to fail."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_folder(folder: Path) -> None:
+    """Make a rename in a folder durable; some file systems do not offer that, which is no reason to fail."""
+    sync_file(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Bring what was written to a file or a folder to the disk, where the file system offers that."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:

@@ -13,22 +13,38 @@ the Hugging Face file names; the metadata keys of APR v2.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from apr_core.dtypes import QuantFormat
 from apr_core.errors import LoadError, ReadWriteError
 from apr_core.formats import names
 from apr_core.formats.checkpoint import Checkpoint
 from apr_core.model.vocabulary import QWEN2_PRE_TOKENIZER, Vocabulary, read_vocabulary
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of GGUF
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type
+# general.file_type by recipe, and by the type of most weights where nothing was asked
+FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q4_K_M": 15,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+    "BF16": 32,
+}
+VECTOR_TYPE = "apr.vector_type"  # what vectors were before GGUF had them in F32
 # Ends by text for every reader of GGUF and APR, so a file need not name them.
 _ENDS_BY_TEXT = ("<|im_end|>", "<|endoftext|>")
-_COMPANIONS = (
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -40,7 +56,13 @@ _COMPANIONS = (
     "merges.txt",
 )
 # Keys that a writer sets itself, or that would move tensors.
-_OWN_KEYS = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
+_OWN_KEYS = (
+    "general.architecture",
+    "general.alignment",
+    "general.file_type",
+    "general.quantization_version",
+    VECTOR_TYPE,
+)
 _TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -107,16 +129,24 @@ def notes(checkpoint: Checkpoint) -> dict[str, Any]:
         return {key: value for key, value in metadata.items() if key != "format"}
     if checkpoint.format == "apr":
         nested = metadata.get("source_metadata")
-        own = {key: value for key, value in metadata.items() if key.startswith(("general.", "apr."))}
+        own = {k: v for k, v in metadata.items() if k.startswith(("general.", "apr.")) and k not in _OWN_KEYS[2:]}
         return {**(nested if isinstance(nested, dict) else {}), **own}
     # Without naming what is kept, reading a note would parse the token lists, a second of work for nothing.
     kept = [k for k in metadata if k.startswith(("general.", "apr.", "source.")) and k not in _OWN_KEYS]
     return {key.removeprefix("source."): metadata[key] for key in kept}
 
 
-def gguf_pairs(checkpoint: Checkpoint, identity: Identity, dtype: str) -> dict[str, object]:
+def gguf_pairs(
+    checkpoint: Checkpoint, identity: Identity, types: Mapping[str, QuantFormat], quantize: str | None
+) -> dict[str, object]:
     """
     Build the key-value pairs of a GGUF copy.
+
+    Args:
+        checkpoint: The source.
+        identity: What travels.
+        types: Type of each tensor of the copy.
+        quantize: The recipe that was asked for, or None.
 
     Raises:
         LoadError: A tokenizer that ``gpt2`` with ``qwen2`` does not describe, or more end tokens than there are keys.
@@ -130,10 +160,7 @@ def gguf_pairs(checkpoint: Checkpoint, identity: Identity, dtype: str) -> dict[s
         place = key if key.startswith(("general.", "apr.")) and key not in _OWN_KEYS else f"source.{key}"
         pairs[place] = value if isinstance(value, str | bool | int | float) else json.dumps(value)
     pairs |= names.gguf_metadata(identity.config)
-    if dtype in _FILE_TYPES:
-        pairs["general.file_type"] = _FILE_TYPES[dtype]
-    elif "general.file_type" in checkpoint.metadata:
-        pairs["general.file_type"] = checkpoint.metadata["general.file_type"]
+    pairs |= _label(checkpoint, types, quantize) | _vector_type(checkpoint)
     pairs["general.quantization_version"] = 2
     if identity.vocabulary is None:
         return pairs
@@ -153,6 +180,32 @@ def gguf_pairs(checkpoint: Checkpoint, identity: Identity, dtype: str) -> dict[s
     return pairs
 
 
+def _label(checkpoint: Checkpoint, types: Mapping[str, QuantFormat], quantize: str | None) -> dict[str, object]:
+    """Say what kind of file it is: the recipe, else what the source said, else the type of most weights."""
+    said = checkpoint.metadata.get("general.file_type")
+    if quantize is None and isinstance(said, int) and not isinstance(said, bool):
+        return {"general.file_type": said}
+    label = FILE_TYPES.get(quantize or _main_type(checkpoint, types))
+    return {} if label is None else {"general.file_type": label}
+
+
+def _main_type(checkpoint: Checkpoint, types: Mapping[str, QuantFormat]) -> str:
+    """Return the type of most weights, or nothing where there are none."""
+    weights: Counter[str] = Counter()
+    for name, dtype in types.items():
+        weights[dtype.name] += prod(checkpoint.tensors[name].shape)
+    return weights.most_common(1)[0][0] if weights else ""
+
+
+def _vector_type(checkpoint: Checkpoint) -> dict[str, object]:
+    """Note what vectors were before GGUF has them in F32, so that a way back can give them their bytes again."""
+    found = {info.dtype.name for info in checkpoint.tensors.values() if len(info.shape) == 1}
+    if len(found) == 1 and found <= {"F16", "BF16"}:
+        return {VECTOR_TYPE: found.pop()}
+    before = checkpoint.metadata.get(VECTOR_TYPE)
+    return {} if before is None else {VECTOR_TYPE: str(before)}
+
+
 def _gguf_ends(identity: Identity, path: Path) -> dict[str, object]:
     """Name the end tokens that readers do not find by text; GGUF has three keys for them."""
     assert identity.vocabulary is not None
@@ -169,7 +222,7 @@ def _gguf_ends(identity: Identity, path: Path) -> dict[str, object]:
     return pairs
 
 
-def apr_pairs(checkpoint: Checkpoint, identity: Identity) -> dict[str, object]:
+def apr_pairs(checkpoint: Checkpoint, identity: Identity, quantize: str | None) -> dict[str, object]:
     """
     Build the metadata of an APR copy.
 
@@ -186,6 +239,9 @@ def apr_pairs(checkpoint: Checkpoint, identity: Identity) -> dict[str, object]:
         "param_count": sum(prod(info.shape) for info in checkpoint.tensors.values()),
         **names.apr_metadata(identity.config),
     }
+    label = checkpoint.metadata.get("general.file_type")
+    if quantize is None and isinstance(label, int):
+        pairs["general.file_type"] = label
     if identity.ends:
         pairs["tokenizer.eos_token_id"] = identity.ends[0] if len(identity.ends) == 1 else list(identity.ends)
     if identity.vocabulary is None:
@@ -206,20 +262,22 @@ def apr_pairs(checkpoint: Checkpoint, identity: Identity) -> dict[str, object]:
     return pairs
 
 
-def folder_files(checkpoint: Checkpoint, identity: Identity, dtype: str) -> dict[str, bytes]:
+def folder_files(checkpoint: Checkpoint, identity: Identity, quantize: str | None) -> dict[str, bytes]:
     """Build the files beside a SafeTensors copy; those of a SafeTensors source are taken over as they are."""
     files: dict[str, bytes] = {}
     if checkpoint.format == "safetensors":
-        for name in _COMPANIONS:
+        for name in COMPANIONS:
             path = checkpoint.folder / name
             try:
                 files |= {name: path.read_bytes()} if path.is_file() else {}
             except OSError as error:
                 raise ReadWriteError(f"cannot read {path}: {error.strerror}", advice="check permissions") from error
-        if dtype in _TORCH:
-            files["config.json"] = _json({**(checkpoint.config or {}), "torch_dtype": _TORCH[dtype]})
+        if quantize in _TORCH:
+            files["config.json"] = _json({**(checkpoint.config or {}), "torch_dtype": _TORCH[quantize]})
         return files
-    config = {"architectures": ["Qwen2ForCausalLM"], "torch_dtype": _TORCH.get(dtype, "float32"), **identity.config}
+    config = {"architectures": ["Qwen2ForCausalLM"], **identity.config}
+    kept = {name: info.dtype for name, info in checkpoint.tensors.items()}
+    config["torch_dtype"] = _TORCH.get(quantize or _main_type(checkpoint, kept), "float32")
     generation = {k: config[k] for k in ("bos_token_id", "pad_token_id") if config.get(k) is not None}
     files["config.json"] = _json(config)
     files["generation_config.json"] = _json({**generation, "eos_token_id": list(identity.ends)})

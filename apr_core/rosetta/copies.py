@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from apr_core.errors import ContractViolation, FormatError, InferenceError, LoadError, UsageError
 from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
 from apr_core.formats.codecs import decode
-from apr_core.rosetta.convert import CONTAINERS, convert
+from apr_core.rosetta.convert import CONTAINERS, convert, lossless, named
 from apr_core.rosetta.diff import TensorDiff, compare_tensors, unreadable
 from apr_core.rosetta.identity import CORPUS
 
@@ -78,17 +78,18 @@ class Copies:
         self._checkpoint = subject.checkpoint
         self._runs: list[CopyRun] = []
 
-    def path(self, format: str, dtype: str = "keep") -> Path:
+    def path(self, format: str, quantize: str | None = None) -> Path:
         """
-        Return the copy in a container, making it when it is not there yet.
+        Return the copy in a container, making it when it is not there yet; it changes no value unless it is asked to.
 
         Raises:
             NoCopyError: The container cannot hold the subject, for instance its tokenizer.
         """
-        target = self.folder / f"{dtype}.{format}"
+        target = named(self.folder / (quantize or "keep"), format)
         if not target.exists():
             try:
-                convert(self._checkpoint, target, format=format, dtype=dtype)
+                asked = quantize or lossless(self._checkpoint, format)
+                convert(self._checkpoint, target, quantize=asked, bare=True)
             except (LoadError, UsageError) as error:
                 raise NoCopyError(error.message, advice=error.advice) from error
             _after_writing.get()(target)

@@ -7,7 +7,7 @@ once passed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -20,12 +20,10 @@ from apr_core.errors import Unavailable
 from apr_core.formats.bounds import step_bound
 from apr_core.formats.checkpoint import Checkpoint, TensorInfo
 from apr_core.formats.codecs import round_to
-from apr_core.rosetta.convert import decoded_chunks
+from apr_core.rosetta.fingerprint import EMBEDDING, HEAD, Distance, Gauge, paired_chunks
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WORST_ROWS = 40
 _ROUNDED = ("F32", "F16", "BF16")
-_CHUNK_VALUES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class TensorRow:
         found: What stands there.
         problem: ``missing in the subject``, shapes that differ, ``not compared: ...``, or empty.
         compared: False where nothing could be compared.
+        distance: How far the subject's values are from the reference's; None where the stored bytes are the same.
     """
 
     name: str
@@ -58,6 +57,7 @@ class TensorRow:
     found: float | None = None
     problem: str = ""
     compared: bool = True
+    distance: Distance | None = None
 
     def sentence(self) -> str:
         """Say what is wrong with numbers, for a person who looks for the place."""
@@ -193,9 +193,11 @@ def _compare(
         return TensorRow(name, *types, count)
     mismatched, max_abs, start = 0, 0.0, 0
     first: tuple[int, float, float] | None = None
+    gauge = Gauge()
     try:
-        for found, given in _chunks(subject, left, reference, right):
+        for found, given in paired_chunks(subject, left.name, reference, right.name):
             expected, wrong = _judge(found, given, left.dtype, exact)
+            gauge.add(given, found, wrong)
             found = found.reshape(-1)
             with np.errstate(invalid="ignore"):
                 distance = np.abs(found.astype(np.float64) - expected)
@@ -208,24 +210,14 @@ def _compare(
     except Unavailable as error:
         return TensorRow(name, *types, count, problem=f"not compared: {error.message}", compared=False)
     if first is None:
-        return TensorRow(name, *types, count, 0, max_abs)
+        return TensorRow(name, *types, count, 0, max_abs, distance=gauge.read())
     index = tuple(int(i) for i in np.unravel_index(first[0], left.shape))
-    return TensorRow(name, *types, count, mismatched, max_abs, index, first[1], first[2])
+    return TensorRow(name, *types, count, mismatched, max_abs, index, first[1], first[2], distance=gauge.read())
 
 
 def _same_bytes(subject: Checkpoint, left: TensorInfo, reference: Checkpoint, right: TensorInfo) -> bool:
     """Compare stored bytes: equal ones of one type decode equally, so nothing need be decoded."""
     return bool(np.array_equal(subject.raw(left.name).data, reference.raw(right.name).data))
-
-
-def _chunks(
-    subject: Checkpoint, left: TensorInfo, reference: Checkpoint, right: TensorInfo
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Yield both sides flat in step; in one piece when one of them cannot be cut by rows."""
-    whole = {left.dtype.layout, right.dtype.layout} != {"row"}
-    size = max(1, prod(left.shape)) if whole else _CHUNK_VALUES
-    sides = (decoded_chunks(subject, left.name, size), decoded_chunks(reference, right.name, size))
-    yield from zip(*sides, strict=True)
 
 
 def _judge(

@@ -13,7 +13,7 @@ from apr_core.model.config import Qwen2Config
 from apr_core.model.tokens import Tokenizer
 from apr_core.model.vocabulary import Vocabulary
 from apr_core.rosetta.carry import Identity, merges, read_identity, token_ids
-from apr_core.rosetta.diff import EMBEDDING, HEAD
+from apr_core.rosetta.fingerprint import EMBEDDING, HEAD
 
 _FIELDS = (
     "hidden_size",

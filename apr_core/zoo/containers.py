@@ -251,7 +251,7 @@ class Stored:
         pattern: Canonical names.
         edit: Gets the bytes as [blocks, bytes of a block] and changes them.
         container: Written container.
-        dtype: Written type, as ``rosetta.convert`` takes it.
+        dtype: Written type, ``keep`` or a recipe of ``rosetta.convert``.
     """
 
     pattern: str

@@ -38,7 +38,7 @@ class Draft:
         carried: File name -> path of a companion that is copied as it is.
         container: ``safetensors``, ``gguf`` or ``apr``: what is written in the end.
         stem: What the file of a GGUF or APR model is called, its extension apart.
-        dtype: For gguf: ``keep`` or ``Q8_0``, ``F16`` and so on, as ``rosetta.convert`` takes it.
+        dtype: For gguf: ``keep`` or ``Q8_0``, ``F16`` and so on, a recipe of ``rosetta.convert``.
         after: Edits of the written files: each gets the weights file.
     """
 
@@ -123,8 +123,9 @@ def put_together(draft: Draft, folder: Path) -> Path:
     _write_folder(draft, source)
     path, weights = source, source / "model.safetensors"
     if draft.container != "safetensors":
-        name = draft.stem.format(container=draft.container)
-        path = weights = convert(source, folder / name, format=draft.container, dtype=draft.dtype)
+        asked = None if draft.dtype == "keep" else draft.dtype
+        written = convert(source, folder / f"written.{draft.container}", quantize=asked, bare=True)
+        path = weights = written.rename(folder / draft.stem.format(container=draft.container))
         shutil.rmtree(source)
     for name, origin in draft.carried.items():
         shutil.copy(origin, folder / name)

@@ -41,6 +41,7 @@ ASKED = {
 # These take minutes, or need a healthy model to damage: their own tests are named.
 ELSEWHERE = {
     "suite": "tests/cli/test_runner.py",
+    "rosetta validate-stats": "tests/cli/test_rosetta.py",
     "zoo matrix": "tests/cli/test_zoo.py",
     "zoo plant": "tests/cli/test_zoo.py",
     "zoo run": "tests/cli/test_zoo.py",
@@ -49,11 +50,12 @@ ELSEWHERE = {
 
 def _value(param: Any, out: Path) -> str:
     """Return something that the parameter's type takes."""
-    kind = str(getattr(param.type, "name", ""))
-    if getattr(param.type, "choices", None):
-        return str(next(iter(param.type.choices)))
+    of = getattr(param, "type", None)  # typer parameters may have none
+    kind = str(getattr(of, "name", ""))
+    if getattr(of, "choices", None):
+        return str(next(iter(of.choices)))
     if "int" in kind or "float" in kind:
-        return str(max(1, getattr(param.type, "min", None) or 1))
+        return str(max(1, getattr(of, "min", None) or 1))
     if "path" in kind or any(word in param.name for word in ("out", "dst", "target", "to")):
         return str(out / "out")
     return "x"

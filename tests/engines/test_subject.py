@@ -38,7 +38,7 @@ def test_with_a_reference_no_reference_claim_is_not_run(pygmy, tmp_path):
     """A GGUF made from the bundled model, held against it."""
     from apr_core.rosetta.convert import convert
 
-    path = convert(pygmy, tmp_path / "copy.gguf", format="gguf")
+    path = convert(pygmy, tmp_path / "copy.gguf")
     shutil.copy(pygmy / "golden.json", tmp_path)
     shutil.copy(pygmy / "transformers_f64.npz", tmp_path)
     subject = obtain(str(path), reference="pygmy", device="cpu")

@@ -56,7 +56,7 @@ def test_the_bundled_model_holds(pygmy: Path, tmp_path: Path, open_subject: Open
 
 def test_a_gguf_of_the_bundled_model_holds_against_it(pygmy: Path, tmp_path: Path, open_subject: Open) -> None:
     """With the reference given, no reference claim is left alone, and none is refuted."""
-    path = convert(pygmy, tmp_path / "pygmy.gguf", format="gguf", dtype="Q8_0")
+    path = convert(pygmy, tmp_path / "pygmy.gguf", quantize="Q8_0")
     subject = open_subject(path, pygmy)
     for claim in ("F-GT-010", "F-GT-011"):
         assert judged(claim, subject)[0] is Verdict.CORROBORATED
@@ -103,7 +103,7 @@ def test_gt_001_sees_a_tensor_that_a_copy_lost(
     subject = open_subject(tiny)
     short = edited(lambda held: held.pop("model.layers.0.self_attn.q_proj.bias"))
     made = copies.copies_of(subject)
-    real = convert(short, made.folder / "keep.apr", format="apr")
+    real = convert(short, made.folder / "keep.apr")
     assert made.path("apr") == real
     verdict, finding = judged("F-GT-001", subject)
     assert (verdict, finding.value) == (Verdict.FALSIFIED, 64.0)

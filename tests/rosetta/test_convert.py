@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,11 @@ from apr_core.errors import FormatError, LoadError, NotFound, UsageError
 from apr_core.formats.apr import write_apr
 from apr_core.formats.checkpoint import TensorSource, open_checkpoint
 from apr_core.formats.codecs import decode, encode
+from apr_core.formats.gguf import write_gguf
 from apr_core.formats.names import gguf_name
 from apr_core.model.tokens import load_tokenizer
-from apr_core.rosetta.convert import CONTAINERS, convert, decoded_chunks
+from apr_core.rosetta import convert as convert_room
+from apr_core.rosetta.convert import CONTAINERS, container_of, convert, decoded_chunks, named
 from apr_core.rosetta.diff import compare_tensors
 
 Edit = Callable[..., Path]
@@ -62,7 +67,7 @@ def apr_tensors(data: bytes) -> dict[str, np.ndarray]:
 def all_three(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny model in every container: itself and two copies."""
     folder = tmp_path_factory.mktemp("three")
-    made = {c: convert(tiny, folder / f"tiny.{c}", format=c) for c in ("gguf", "apr")}
+    made = {c: convert(tiny, folder / f"tiny.{c}") for c in ("gguf", "apr")}
     return {"safetensors": tiny, **made}
 
 
@@ -72,7 +77,7 @@ def test_every_pair_of_containers_keeps_every_bit(
     source: str, target: str, all_three: dict[str, Path], tmp_path: Path
 ) -> None:
     """From each container to each, a foreign reader finds the float32 bits that torch read from the original."""
-    path = convert(all_three[source], tmp_path / f"copy.{target}", format=target)
+    path = convert(all_three[source], named(tmp_path / "copy", target))
     found = foreign_tensors(path, target)
     original = foreign_tensors(all_three["safetensors"], "safetensors")
     naming = gguf_name if target == "gguf" else str
@@ -89,7 +94,7 @@ def test_every_pair_of_containers_keeps_the_identity(
     source: str, target: str, all_three: dict[str, Path], tmp_path: Path
 ) -> None:
     """Configuration, tokenizer, end tokens, template and notes survive every conversion."""
-    path = convert(all_three[source], tmp_path / f"copy.{target}", format=target)
+    path = convert(all_three[source], named(tmp_path / "copy", target))
     with open_checkpoint(path) as copy, open_checkpoint(all_three["safetensors"]) as first:
         assert copy.config is not None
         assert first.config is not None
@@ -111,7 +116,7 @@ def test_a_chain_of_copies_comes_back_as_it_was(tiny: Path, tmp_path: Path) -> N
     """SafeTensors to GGUF to APR to SafeTensors: a foreign tokenizer encodes alike, and the licence is still there."""
     path = tiny
     for step, container in enumerate(("gguf", "apr", "safetensors")):
-        path = convert(path, tmp_path / f"{step}.{container}", format=container)
+        path = convert(path, named(tmp_path / f"{step}", container))
     before, after = (ForeignTokenizer.from_file(str(p / "tokenizer.json")) for p in (tiny, path))
     for text in CORPUS:
         assert before.encode(text).ids == after.encode(text).ids
@@ -123,7 +128,7 @@ def test_a_chain_of_copies_comes_back_as_it_was(tiny: Path, tmp_path: Path) -> N
 
 def test_gguf_says_what_llama_cpp_asks_for(tiny: Path, tmp_path: Path) -> None:
     """The gguf package finds the keys of a Qwen2, with the types that llama.cpp insists on."""
-    reader = gguf.GGUFReader(convert(tiny, tmp_path / "t.gguf", format="gguf"))
+    reader = gguf.GGUFReader(convert(tiny, tmp_path / "t.gguf"))
     found = {name: reader.fields[name].contents() for name in reader.fields if "tokens" not in name}
     expected = {
         "general.architecture": "qwen2",
@@ -158,7 +163,7 @@ def test_rounding_is_torch_rounding(
     dtype: str, torch_type: torch.dtype, target: str, tiny: Path, tmp_path: Path
 ) -> None:
     """Every value is the one that torch rounds to; vectors stay exact in GGUF."""
-    found = foreign_tensors(convert(tiny, tmp_path / "t", format=target, dtype=dtype), target)
+    found = foreign_tensors(convert(tiny, named(tmp_path / "t", target), quantize=dtype), target)
     naming = gguf_name if target == "gguf" else str
     for name, values in load_file(tiny / "model.safetensors").items():
         exact = target == "gguf" and values.ndim == 1
@@ -169,7 +174,7 @@ def test_rounding_is_torch_rounding(
 def test_bf16_of_f32_rounds_to_even(edited: Edit, tmp_path: Path) -> None:
     """From F32, the only type with something to round off, BF16 equals torch's."""
     folder = edited(lambda held: held.update({k: v.float() * 1.01 for k, v in held.items()}))
-    found = foreign_tensors(convert(folder, tmp_path / "t.apr", format="apr", dtype="BF16"), "apr")
+    found = foreign_tensors(convert(folder, tmp_path / "t.apr", quantize="BF16"), "apr")
     for name, values in load_file(folder / "model.safetensors").items():
         np.testing.assert_array_equal(values.bfloat16().float().numpy(), found[name], err_msg=name)
 
@@ -177,7 +182,7 @@ def test_bf16_of_f32_rounds_to_even(edited: Edit, tmp_path: Path) -> None:
 def test_q8_0_is_the_gguf_packages_q8_0(tiny: Path, tmp_path: Path) -> None:
     """Matrices hold the very bytes that the gguf package would have written; vectors are exact."""
     original = foreign_tensors(tiny, "safetensors")
-    reader = gguf.GGUFReader(convert(tiny, tmp_path / "t.gguf", format="gguf", dtype="Q8_0"))
+    reader = gguf.GGUFReader(convert(tiny, tmp_path / "t.gguf", quantize="Q8_0"))
     held = {t.name: t for t in reader.tensors}
     for name, values in original.items():
         tensor = held[gguf_name(name)]
@@ -196,7 +201,7 @@ def test_rows_that_are_no_whole_blocks_fall_back_to_f16(tmp_path: Path) -> None:
     held = {"model.embed_tokens.weight": torch.ones(3, 63), "other": torch.ones(3, 64)}
     save_file(held, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
-    with open_checkpoint(convert(folder, tmp_path / "t.gguf", format="gguf", dtype="Q8_0")) as copy:
+    with open_checkpoint(convert(folder, tmp_path / "t.gguf", quantize="Q8_0", bare=True)) as copy:
         assert {name: str(info.dtype) for name, info in copy.tensors.items()} == {
             "model.embed_tokens.weight": "F16",
             "other": "Q8_0",
@@ -206,10 +211,12 @@ def test_rows_that_are_no_whole_blocks_fall_back_to_f16(tmp_path: Path) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("recipe", ["Q8_0", "Q4_K_M", "Q6_K"])
 def test_quantised_types_pass_through_gguf_and_decode_elsewhere(recipe: str, oracle: Path, tmp_path: Path) -> None:
-    """In GGUF the stored bytes stay; in SafeTensors the values are those of the gguf package, in F32."""
+    """In GGUF the stored bytes stay; SafeTensors refuses them, and in F32 holds the gguf package's values."""
     source = oracle / "mini" / "gguf" / f"{recipe}.gguf"
-    kept = {t.name: t for t in gguf.GGUFReader(convert(source, tmp_path / "t.gguf", format="gguf")).tensors}
-    decoded = foreign_tensors(convert(source, tmp_path / "t", format="safetensors"), "safetensors")
+    kept = {t.name: t for t in gguf.GGUFReader(convert(source, tmp_path / "t.gguf")).tensors}
+    with pytest.raises(UsageError, match=r"safetensors cannot hold Q\d_.*tensor .*ask for one of F32, F16, BF16"):
+        convert(source, tmp_path / "t")
+    decoded = foreign_tensors(convert(source, tmp_path / "t", quantize="F32"), "safetensors")
     for tensor in gguf.GGUFReader(source).tensors:
         assert kept[tensor.name].tensor_type == tensor.tensor_type
         np.testing.assert_array_equal(tensor.data, kept[tensor.name].data)
@@ -230,7 +237,7 @@ def test_types_without_rows_decode_whole(kind: str, tmp_path: Path) -> None:
         data.reshape(-1, 18)[:, :2] = np.frombuffer(struct.pack("<e", 0.25), np.uint8)
     source = tmp_path / "s.apr"
     write_apr(source, [TensorSource("w", dtype, shape, lambda: [data])], {"hidden_size": 7})
-    found = foreign_tensors(convert(source, tmp_path / "t", format="safetensors"), "safetensors")["w"]
+    found = foreign_tensors(convert(source, tmp_path / "t", quantize="F32", bare=True), "safetensors")["w"]
     scale, start = (0.01, 4) if kind == "AprQ8" else (0.25, 2)
     first = data[start : start + 2].view(np.int8) * np.float32(scale)
     if kind == "AprQ4":
@@ -263,17 +270,19 @@ def test_a_sharded_folder_becomes_one_file(tiny: Path, tmp_path: Path) -> None:
     index = {"weight_map": {n: shard for shard, members in parts.items() for n in members}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_bytes((tiny / "config.json").read_bytes())
-    copy = convert(folder, tmp_path / "whole", format="safetensors")
+    copy = convert(folder, tmp_path / "whole", bare=True)
     assert sorted(p.name for p in copy.iterdir()) == ["config.json", "model.safetensors"]
     with open_checkpoint(copy) as one, open_checkpoint(tiny) as other:
         assert compare_tensors(one, other, exact=True).mismatched == 0
 
 
 @pytest.mark.parametrize("target", CONTAINERS)
-def test_a_source_without_tokenizer_is_legal(target: str, edited: Edit, tmp_path: Path) -> None:
-    """Weights and configuration are copied; the copy has no tokenizer either, and the end token is still named."""
+def test_a_source_without_tokenizer_is_refused_unless_asked(target: str, edited: Edit, tmp_path: Path) -> None:
+    """Nothing could talk to the copy; a bare one on request still names the end token."""
     folder = edited(drop=("tokenizer.json", "tokenizer_config.json", "generation_config.json"))
-    with open_checkpoint(convert(folder, tmp_path / "t", format=target)) as copy:
+    with pytest.raises(LoadError, match="not be self-contained"):
+        convert(folder, named(tmp_path / "t", target))
+    with open_checkpoint(convert(folder, named(tmp_path / "t", target), bare=True)) as copy:
         assert copy.config is not None
         assert copy.config["eos_token_id"] == 317
         with pytest.raises(LoadError, match="no tokenizer"):
@@ -286,8 +295,8 @@ def test_added_tokens_elsewhere_keep_their_ids(tiny: Path, edited: Edit, tmp_pat
     moved = [{**token, "id": token["id"] + 2} for token in document["added_tokens"]]
     ends = {"eos_token_id": 319, "bos_token_id": 317}
     folder = edited(**{"tokenizer.json": {"added_tokens": moved}, "config.json": ends})
-    first = convert(folder, tmp_path / "t.gguf", format="gguf")
-    second = convert(first, tmp_path / "t", format="safetensors")
+    first = convert(folder, tmp_path / "t.gguf")
+    second = convert(first, tmp_path / "t")
     foreign = ForeignTokenizer.from_file(str(second / "tokenizer.json"))
     assert foreign.token_to_id("<|im_end|>") == 319
     assert foreign.encode("<|im_start|>a<|im_end|>").ids[0] == 318
@@ -298,7 +307,7 @@ def test_rope_parameters_of_transformers_5_reach_the_other_containers(edited: Ed
     rope = {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
     folder = edited(**{"config.json": rope})
     for target in ("gguf", "apr"):
-        with open_checkpoint(convert(folder, tmp_path / f"t.{target}", format=target)) as copy:
+        with open_checkpoint(convert(folder, named(tmp_path / "t", target))) as copy:
             assert copy.config is not None
             assert copy.config["rope_theta"] == 5e5
 
@@ -320,14 +329,14 @@ def test_notes_never_become_configuration(tiny: Path, tmp_path: Path) -> None:
     }
     save_file(load_file(tiny / "model.safetensors"), folder / "model.safetensors", hostile)
     for target in ("gguf", "apr"):
-        path = convert(folder, tmp_path / f"t.{target}", format=target)
+        path = convert(folder, named(tmp_path / "t", target))
         with open_checkpoint(path) as copy, open_checkpoint(tiny) as first:
             assert compare_tensors(copy, first, exact=True).mismatched == 0
             assert copy.config is not None
             assert (copy.config["hidden_size"], copy.config["num_hidden_layers"]) == (64, 2)
             assert (copy.config["model_type"], "rope_scaling" in copy.config) == ("qwen2", False)
             assert load_tokenizer(copy).vocab_size == 318
-        with open_checkpoint(convert(path, tmp_path / f"back.{target}", format="safetensors")) as back:
+        with open_checkpoint(convert(path, tmp_path / f"back-{target}")) as back:
             for key in ("n_embd", "rope_scaling", "source_metadata"):
                 assert back.metadata[key] == hostile[key]
 
@@ -355,8 +364,8 @@ def test_a_tokenizer_that_gguf_cannot_say_is_refused(
     (folder / "tokenizer.json").write_text(json.dumps(document))
     for target in ("gguf", "apr"):
         with pytest.raises(LoadError, match=f"has {what} that is not Qwen2's"):
-            convert(folder, tmp_path / f"t.{target}", format=target)
-    copy = convert(folder, tmp_path / "t", format="safetensors")
+            convert(folder, named(tmp_path / "t", target))
+    copy = convert(folder, tmp_path / "t")
     assert (copy / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
@@ -364,48 +373,57 @@ def test_more_end_tokens_than_gguf_can_name_are_refused(edited: Edit, tmp_path: 
     """A copy that forgets an end token talks on where the original stops."""
     ends = {"eos_token_id": [317, 1, 2]}
     folder = edited(**{"config.json": ends, "generation_config.json": ends})
-    with open_checkpoint(convert(folder, tmp_path / "three.gguf", format="gguf")) as copy:
+    with open_checkpoint(convert(folder, tmp_path / "three.gguf")) as copy:
         assert {1, 2, 317} <= load_tokenizer(copy).eos_ids
     ends = {"eos_token_id": [317, 1, 2, 3]}
     folder = edited(**{"config.json": ends, "generation_config.json": ends})
     with pytest.raises(LoadError, match="can name 3 end tokens"):
-        convert(folder, tmp_path / "four.gguf", format="gguf")
-    with open_checkpoint(convert(folder, tmp_path / "four.apr", format="apr")) as copy:
+        convert(folder, tmp_path / "four.gguf")
+    with open_checkpoint(convert(folder, tmp_path / "four.apr")) as copy:
         assert {1, 2, 3, 317} <= load_tokenizer(copy).eos_ids
 
 
 @pytest.mark.parametrize(
-    ("format", "dtype"), [("onnx", "keep"), ("gguf", "Q4_K"), ("gguf", "f16"), ("safetensors", "Q8_0"), ("apr", "Q8_0")]
+    ("name", "asked", "message"),
+    [
+        ("t.onnx", None, "expected a target in .gguf, .apr, .safetensors or a folder, found .onnx"),
+        ("t.gguf", "Q4_K", "for gguf, found 'Q4_K'"),
+        ("t.gguf", "f16", "for gguf, found 'f16'"),
+        ("t", "Q8_0", "expected a type of F32, F16, BF16 for safetensors, found 'Q8_0'"),
+        ("t.apr", "Q8_0", "for apr, found 'Q8_0'"),
+    ],
 )
-def test_unknown_format_or_type_is_a_usage_error(format: str, dtype: str, tiny: Path, tmp_path: Path) -> None:
+def test_unknown_format_or_type_is_a_usage_error(
+    name: str, asked: str | None, message: str, tiny: Path, tmp_path: Path
+) -> None:
     """What we do not write is refused by name, never silently something else."""
-    with pytest.raises(UsageError, match=f"found {format} and {dtype}"):
-        convert(tiny, tmp_path / "t", format=format, dtype=dtype)
-    assert not (tmp_path / "t").exists()
+    with pytest.raises(UsageError, match=re.escape(message)):
+        convert(tiny, tmp_path / name, quantize=asked)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("target", CONTAINERS)
 def test_nothing_is_overwritten(target: str, tiny: Path, tmp_path: Path) -> None:
     """A target that exists, if only as a dangling link, is left alone."""
-    place = tmp_path / "t"
+    place = named(tmp_path / "t", target)
     place.write_text("precious")
     with pytest.raises(UsageError, match="exists"):
-        convert(tiny, place, format=target)
+        convert(tiny, place)
     assert place.read_text() == "precious"
-    link = tmp_path / "link"
+    link = named(tmp_path / "link", target)
     link.symlink_to(tmp_path / "absent")
     with pytest.raises(UsageError, match="exists"):
-        convert(tiny, link, format=target)
+        convert(tiny, link)
 
 
 def test_missing_source_folder_and_configuration(tiny: Path, edited: Edit, tmp_path: Path) -> None:
     """Each missing thing has its own error: exit 3, 3 and 6."""
     with pytest.raises(NotFound):
-        convert(tmp_path / "absent", tmp_path / "t", format="gguf")
+        convert(tmp_path / "absent", tmp_path / "t.gguf")
     with pytest.raises(NotFound, match="no folder"):
-        convert(tiny, tmp_path / "no" / "t", format="gguf")
+        convert(tiny, tmp_path / "no" / "t.gguf")
     with pytest.raises(LoadError, match="no configuration"):
-        convert(edited(drop=("config.json",)), tmp_path / "t", format="gguf")
+        convert(edited(drop=("config.json",)), tmp_path / "t.gguf")
 
 
 def test_a_malformed_tokenizer_stops_the_conversion(edited: Edit, tmp_path: Path) -> None:
@@ -413,7 +431,7 @@ def test_a_malformed_tokenizer_stops_the_conversion(edited: Edit, tmp_path: Path
     folder = edited()
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(FormatError):
-        convert(folder, tmp_path / "t.gguf", format="gguf")
+        convert(folder, tmp_path / "t.gguf")
 
 
 @pytest.mark.parametrize("target", CONTAINERS)
@@ -425,7 +443,7 @@ def test_a_value_that_does_not_fit_is_refused_and_leaves_nothing(target: str, ed
 
     folder = edited(spoil)
     with pytest.raises(UsageError, match=r"F16 cannot hold 70144 of tensor model\.layers\.1\.mlp\.down_proj\.weight"):
-        convert(folder, tmp_path / "t", format=target, dtype="F16")
+        convert(folder, named(tmp_path / "t", target), quantize="F16")
     assert [p.name for p in tmp_path.iterdir() if p != folder] == []
 
 
@@ -440,10 +458,10 @@ def test_the_edge_of_f16(value: float, fits: bool, edited: Edit, tmp_path: Path)
 
     folder = edited(spoil)
     if fits:
-        assert convert(folder, tmp_path / "t.apr", format="apr", dtype="F16").is_file()
+        assert convert(folder, tmp_path / "t.apr", quantize="F16").is_file()
     else:
         with pytest.raises(UsageError, match="cannot hold"):
-            convert(folder, tmp_path / "t.apr", format="apr", dtype="F16")
+            convert(folder, tmp_path / "t.apr", quantize="F16")
 
 
 @pytest.mark.parametrize("target", CONTAINERS)
@@ -457,7 +475,7 @@ def test_an_interrupted_conversion_leaves_nothing(target: str, tiny: Path, tmp_p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(tiny, tmp_path / "t", format=target, progress=interrupt)
+        convert(tiny, named(tmp_path / "t", target), progress=interrupt)
     assert list(tmp_path.iterdir()) == []
     assert seen == sorted(seen)
 
@@ -465,8 +483,123 @@ def test_an_interrupted_conversion_leaves_nothing(target: str, tiny: Path, tmp_p
 def test_copies_of_a_closed_source_are_not_made(tiny: Path, tmp_path: Path) -> None:
     """An opened checkpoint is used as it is and stays open; a closed one is refused."""
     with open_checkpoint(tiny) as opened:
-        convert(opened, tmp_path / "a.gguf", format="gguf")
+        convert(opened, tmp_path / "a.gguf")
         assert opened.raw("model.norm.weight").data.size == 128
     with pytest.raises(UsageError, match="closed"):
-        convert(opened, tmp_path / "b.gguf", format="gguf")
+        convert(opened, tmp_path / "b.gguf")
     assert not (tmp_path / "b.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "container"),
+    [("a.gguf", "gguf"), ("A.GGUF", "gguf"), ("a.apr", "apr"), ("a.safetensors", "safetensors"), ("a", "safetensors"),
+     ("qwen2.5-0.5b/", "safetensors")],
+)  # fmt: skip
+def test_the_name_says_the_container(name: str, container: str) -> None:
+    """A suffix, or a folder; a dot in a folder's name needs the slash."""
+    assert container_of(name) == container
+
+
+def test_a_safetensors_file_gets_its_companions_beside_it(tiny: Path, tmp_path: Path) -> None:
+    """A file target: weights and companions in one folder; companions of another model are in the way."""
+    made = convert(tiny, tmp_path / "model.safetensors")
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in tiny.iterdir()}
+    with open_checkpoint(made) as copy, open_checkpoint(tiny) as first:
+        assert compare_tensors(copy, first, exact=True).mismatched == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"config\.json exists and says something else"):
+        convert(tiny, other / "model.safetensors")
+    assert [p.name for p in other.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("target", CONTAINERS)
+def test_force_replaces_a_model_and_nothing_else(target: str, tiny: Path, tmp_path: Path) -> None:
+    """An older copy gives way as a whole; a folder with a person's files, the source and a wrong kind do not."""
+    place = convert(tiny, named(tmp_path / "t", target))
+    convert(tiny, place, quantize="F32", force=True)
+    with open_checkpoint(place) as copy:
+        assert {str(info.dtype) for info in copy.tensors.values()} == {"F32"}
+    assert [p.name for p in tmp_path.iterdir()] == [place.name]
+    with pytest.raises(UsageError, match="is what is being read"):
+        convert(place, place, force=True)
+    if target == "safetensors":
+        (place / "diary.txt").write_text("dear")
+        with pytest.raises(UsageError, match=r"more than a model \(diary\.txt\)"):
+            convert(tiny, place, force=True)
+        assert (place / "diary.txt").read_text() == "dear"
+    else:
+        (tmp_path / f"d.{target}").mkdir()
+        with pytest.raises(UsageError, match="not of the kind"):
+            convert(tiny, tmp_path / f"d.{target}", force=True)
+
+
+def test_vectors_come_back_as_they_were(tiny: Path, tmp_path: Path) -> None:
+    """GGUF has BF16 vectors in F32; a chain through it ends with the very bytes of the source."""
+    path = tiny
+    for step, container in enumerate(("gguf", "apr", "safetensors")):
+        path = convert(path, named(tmp_path / str(step), container))
+    before, after = load_file(tiny / "model.safetensors"), load_file(path / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        assert values.dtype == after[name].dtype == torch.bfloat16
+        assert torch.equal(values.view(torch.int16), after[name].view(torch.int16)), name
+
+
+def test_vectors_that_changed_in_gguf_stay_f32(tiny: Path, tmp_path: Path) -> None:
+    """A note of what vectors once were is no reason to round them."""
+    first = convert(tiny, tmp_path / "a.gguf")
+    with open_checkpoint(first) as opened:
+        metadata = {key: opened.metadata[key] for key in opened.metadata}
+        sources = []
+        for name, info in opened.tensors.items():
+            data = opened.raw(name).data.copy()
+            if name == "model.norm.weight":
+                data.view(np.float32)[3] += np.float32(1e-6)
+            sources.append(TensorSource(name, info.dtype, info.shape, lambda data=data: [data]))
+        write_gguf(tmp_path / "b.gguf", sources, metadata)
+    with open_checkpoint(convert(tmp_path / "b.gguf", tmp_path / "back")) as back:
+        types = {name: str(info.dtype) for name, info in back.tensors.items()}
+    assert types.pop("model.norm.weight") == "F32"
+    assert set(types.values()) == {"BF16"}
+
+
+def test_what_was_written_is_held_against_what_was_asked(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that stores another type than asked leaves no file behind: 205 widened to F32 in silence."""
+    real = convert_room.write_gguf
+
+    def widening(path: Path, sources: list[TensorSource], metadata: dict[str, object], **rest: object) -> None:
+        wide = [
+            TensorSource(s.name, FORMATS["F32"], s.shape, lambda s=s: [np.zeros(s.shape, np.float32)]) for s in sources
+        ]
+        real(path, wide, metadata, **rest)
+
+    monkeypatch.setattr(convert_room, "write_gguf", widening)
+    with pytest.raises(LoadError, match="not what was asked"):
+        convert(tiny, tmp_path / "t.gguf", quantize="F16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("target", ["t.gguf", "t.apr", "t"])
+def test_a_signal_in_the_middle_leaves_nothing(signal_name: str, target: str, tiny: Path, tmp_path: Path) -> None:
+    """The command line's own process, struck by a signal half way: no target, no stump, the shell's exit code."""
+    script = (
+        "import os, signal, sys\n"
+        "from apr_core.rosetta import convert as room\n"
+        "from apr_core.formats import sink\n"
+        "write = sink.Sink.write_tensor\n"
+        "def struck(self, source):\n"
+        "    write(self, source)\n"
+        f"    if self.position > 20000: os.kill(os.getpid(), signal.{signal_name})\n"
+        "sink.Sink.write_tensor = struck\n"
+        f"sys.argv = ['apr', 'convert', {str(tiny)!r}, {str(tmp_path / target)!r}, '--quantize', 'F16']\n"
+        "from apr_core.cli.app import main\n"
+        "sys.exit(main())\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == {"SIGINT": 130, "SIGTERM": 143}[signal_name], ran.stderr
+    assert list(tmp_path.iterdir()) == []

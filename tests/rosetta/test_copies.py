@@ -12,7 +12,7 @@ import pytest
 from apr_core.engines.subject import Subject, obtain
 from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.rosetta import copies as module
-from apr_core.rosetta.convert import convert
+from apr_core.rosetta.convert import convert, named
 from apr_core.rosetta.copies import BROKE_OFF, copies_of, greedy, largest_difference, mismatches, rel_l2, witness
 
 Open = Callable[..., Subject]
@@ -37,7 +37,7 @@ def test_copies_are_made_once_and_vanish_with_the_subject(tiny: Path) -> None:
 
 def test_the_formats_are_the_other_ones(tiny: Path, tmp_path: Path, open_subject: Open) -> None:
     """A GGUF is copied to SafeTensors and APR."""
-    path = convert(tiny, tmp_path / "t.gguf", format="gguf")
+    path = convert(tiny, tmp_path / "t.gguf")
     assert copies_of(open_subject(path)).formats == ("safetensors", "apr")
 
 
@@ -69,7 +69,7 @@ def test_models_are_loaded_one_at_a_time_and_not_kept(
 @pytest.mark.parametrize("container", ["safetensors", "gguf"])
 def test_the_witness_agrees_and_sees_one_flipped_bit(container: str, tiny: Path, tmp_path: Path) -> None:
     """The field's own package reads the same values, and does not when the file says something else."""
-    path = convert(tiny, tmp_path / "t", format=container)
+    path = convert(tiny, named(tmp_path / "t", container))
     name = "model.layers.0.self_attn.q_proj.weight"
     with open_checkpoint(tiny) as original, open_checkpoint(path) as copy:
         seen = witness(copy, original)
@@ -90,7 +90,7 @@ def test_the_witness_agrees_and_sees_one_flipped_bit(container: str, tiny: Path,
 def test_the_witness_sees_a_reversed_shape(tiny: Path, tmp_path: Path) -> None:
     """A tensor of the same bytes and another shape counts with all its values."""
     with open_checkpoint(tiny) as original:
-        path = convert(original, tmp_path / "t.gguf", format="gguf")
+        path = convert(original, tmp_path / "t.gguf")
     data = path.read_bytes()
     at = data.index(b"blk.0.ffn_down.weight") + len(b"blk.0.ffn_down.weight") + 4
     assert data[at : at + 16] == (96).to_bytes(8, "little") + (64).to_bytes(8, "little")
@@ -104,7 +104,7 @@ def test_the_witness_sees_a_reversed_shape(tiny: Path, tmp_path: Path) -> None:
 
 def test_apr_has_no_witness(tiny: Path, tmp_path: Path) -> None:
     """Nobody else reads APR; that is said instead of hidden."""
-    with open_checkpoint(tiny) as original, open_checkpoint(convert(tiny, tmp_path / "t", format="apr")) as copy:
+    with open_checkpoint(tiny) as original, open_checkpoint(convert(tiny, tmp_path / "t.apr")) as copy:
         assert witness(copy, original) is None
 
 

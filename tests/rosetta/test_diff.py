@@ -16,6 +16,7 @@ from apr_core.formats.apr import write_apr
 from apr_core.formats.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from apr_core.formats.codecs import decode, encode
 from apr_core.rosetta import diff as module
+from apr_core.rosetta import fingerprint
 from apr_core.rosetta.convert import convert
 from apr_core.rosetta.diff import TensorDiff, compare_tensors
 
@@ -160,16 +161,16 @@ def test_planted_faults_are_counted_and_named(
 )
 def test_faults_are_seen_through_rounding(fault: Any, dtype: str, edited: Edit, tiny: Path, tmp_path: Path) -> None:
     """A copy in another type, made from a broken file, is told from the healthy reference."""
-    path = convert(edited(fault), tmp_path / "t.gguf", format="gguf", dtype=dtype)
+    path = convert(edited(fault), tmp_path / "t.gguf", quantize=dtype)
     assert compare(path, tiny).mismatched > 0
-    healthy = convert(tiny, tmp_path / "h.gguf", format="gguf", dtype=dtype)
+    healthy = convert(tiny, tmp_path / "h.gguf", quantize=dtype)
     assert compare(healthy, tiny).mismatched == 0
 
 
 def test_a_poisoned_weight_is_not_quantised(edited: Edit, tmp_path: Path) -> None:
     """A block type has no code for NaN, so the conversion says so and leaves nothing behind."""
     with pytest.raises(UsageError, match="Q8_0 cannot hold nan"):
-        convert(edited(poison), tmp_path / "t.gguf", format="gguf", dtype="Q8_0")
+        convert(edited(poison), tmp_path / "t.gguf", quantize="Q8_0")
     assert not list(tmp_path.glob("t.gguf*"))
 
 
@@ -186,7 +187,7 @@ def scaled(place: int, factor: float) -> Callable[[bytearray], None]:
 @pytest.mark.parametrize("factor", [0.5, 0.98, 1.02, 2.0, -1.0])
 def test_a_wrong_scale_of_one_block_is_seen(factor: float, tiny: Path, tmp_path: Path) -> None:
     """Two per cent on the scale of one block of 32 goes beyond half a step for its large values."""
-    path = convert(tiny, tmp_path / "t.gguf", format="gguf", dtype="Q8_0")
+    path = convert(tiny, tmp_path / "t.gguf", quantize="Q8_0")
     with open_checkpoint(path) as opened:
         place = opened.tensors[Q].offset + 34 * 5
     data = bytearray(path.read_bytes())
@@ -202,7 +203,7 @@ def test_a_wrong_scale_of_one_block_is_seen(factor: float, tiny: Path, tmp_path:
 
 def test_the_bound_of_q8_0_is_half_a_step_and_not_more(tiny: Path, tmp_path: Path) -> None:
     """Codes moved by one, where that leaves an error of 0.6 to 0.9 steps: each is seen, none of its neighbours."""
-    path = convert(tiny, tmp_path / "t.gguf", format="gguf", dtype="Q8_0")
+    path = convert(tiny, tmp_path / "t.gguf", quantize="Q8_0")
     with open_checkpoint(path) as opened, open_checkpoint(tiny) as reference:
         info = opened.tensors[Q]
         blocks = opened.raw(Q).data.reshape(-1, 34).copy()
@@ -312,7 +313,7 @@ def test_a_type_without_a_bound_is_not_compared_and_named(
     def no_bound(*_: object) -> None:
         raise Unavailable("no error bound is known for X")
 
-    path = convert(tiny, tmp_path / "t.gguf", format="gguf", dtype="Q8_0")
+    path = convert(tiny, tmp_path / "t.gguf", quantize="Q8_0")
     monkeypatch.setattr(module, "step_bound", no_bound)
     found = compare(path, tiny)
     assert found.mismatched == 0
@@ -330,7 +331,7 @@ def test_small_chunks_give_the_same_answer(edited: Edit, tiny: Path, monkeypatch
 
     broken = edited(late)
     whole = compare(broken, tiny)
-    monkeypatch.setattr(module, "_CHUNK_VALUES", 64 * 9)
+    monkeypatch.setattr(fingerprint, "_CHUNK_VALUES", 64 * 9)
     cut = compare(broken, tiny)
     assert whole.rows == cut.rows
     assert (cut.rows[0].first, cut.rows[0].mismatched) == ((200, 7), 2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apr_core.formats.checkpoint import open_checkpoint
-from apr_core.rosetta.convert import convert
+from apr_core.rosetta.convert import convert, named
 from apr_core.rosetta.identity import IdentityDiff, compare_identity
 
 Edit = Callable[..., Path]
@@ -31,7 +31,7 @@ def differing(subject: Path, reference: Path) -> list[str]:
 @pytest.mark.parametrize("target", ["gguf", "apr", "safetensors"])
 def test_a_copy_has_no_difference(target: str, tiny: Path, tmp_path: Path) -> None:
     """All 18 fields are compared and agree, in either direction."""
-    path = convert(tiny, tmp_path / "t", format=target)
+    path = convert(tiny, named(tmp_path / "t", target))
     for pair in ((path, tiny), (tiny, path)):
         found = compare(*pair)
         assert (len(found.fields), found.differences, found.missing) == (18, [], ())
@@ -69,19 +69,19 @@ def test_a_changed_configuration_is_one_difference(
 def test_numbers_are_compared_as_gguf_can_keep_them(edited: Edit, tiny: Path, tmp_path: Path) -> None:
     """0.1 has no exact float32: the GGUF made from it holds the nearest one, which is the same number here."""
     folder = edited(**{"config.json": {"rms_norm_eps": 1.1e-6}})
-    assert differing(convert(folder, tmp_path / "t.gguf", format="gguf"), folder) == []
-    assert differing(convert(folder, tmp_path / "u.gguf", format="gguf"), tiny) == ["rms_norm_eps"]
+    assert differing(convert(folder, tmp_path / "t.gguf"), folder) == []
+    assert differing(convert(folder, tmp_path / "u.gguf"), tiny) == ["rms_norm_eps"]
 
 
 def test_a_stored_tied_head_is_tied(edited: Edit, tiny: Path, tmp_path: Path) -> None:
     """A GGUF with a stored head says that it is not tied; when the head is the embedding it is, all the same."""
     stored = edited(lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()}))
-    assert differing(convert(stored, tmp_path / "t.gguf", format="gguf"), tiny) == []
+    assert differing(convert(stored, tmp_path / "t.gguf"), tiny) == []
     untied = edited(
         lambda held: held.update({"lm_head.weight": torch.ones_like(held["model.embed_tokens.weight"])}),
         **{"config.json": {"tie_word_embeddings": False}},
     )
-    assert differing(convert(untied, tmp_path / "u.gguf", format="gguf"), tiny) == ["tie_word_embeddings"]
+    assert differing(convert(untied, tmp_path / "u.gguf"), tiny) == ["tie_word_embeddings"]
 
 
 def tokenizer_of(folder: Path) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_a_lost_end_token_is_seen(edited: Edit, tiny: Path) -> None:
 def test_ends_that_gguf_readers_add_by_text_are_excused(edited: Edit, tmp_path: Path) -> None:
     """A folder with one end token and the GGUF made from it are not different because llama.cpp ends on both texts."""
     folder = edited(drop=("generation_config.json",))
-    path = convert(folder, tmp_path / "t.gguf", format="gguf")
+    path = convert(folder, tmp_path / "t.gguf")
     assert differing(path, folder) == []
     assert differing(folder, path) == []
 
@@ -142,7 +142,7 @@ def test_ends_that_gguf_readers_add_by_text_are_excused(edited: Edit, tmp_path: 
 def test_an_end_token_of_another_text_is_never_excused(edited: Edit, tiny: Path, tmp_path: Path) -> None:
     """An ordinary word that ends generation is a difference in any container."""
     folder = edited(**{"generation_config.json": {"eos_token_id": [317, 315, 260]}})
-    assert differing(convert(folder, tmp_path / "t.gguf", format="gguf"), tiny) == ["end tokens"]
+    assert differing(convert(folder, tmp_path / "t.gguf"), tiny) == ["end tokens"]
 
 
 def test_templates(edited: Edit, tiny: Path) -> None:

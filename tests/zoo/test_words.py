@@ -66,7 +66,7 @@ def test_a_recipe_damages_the_draft_it_is_given(defect, healthy: Draft) -> None:
 def test_a_tamper_leaves_other_copies_alone(tmp_path: Path) -> None:
     """A fault of the exact copies is none of the Q8_0 copy, and the other way round; folders stay as they are."""
     defects = {d.id: d for d in words.DEFECTS}
-    path = convert(PYGMY, tmp_path / "Q8_0.gguf", format="gguf", dtype="Q8_0")
+    path = convert(PYGMY, tmp_path / "Q8_0.gguf", quantize="Q8_0")
     before = path.read_bytes()
     defects["copy-gate-up"].tamper(path)
     assert path.read_bytes() == before
