@@ -99,15 +99,60 @@ def qa(
     model: Model,
     reference: Reference = "",
     device: Device = "auto",
+    claims: Annotated[
+        bool, typer.Option("--claims", help="Try to refute every claim of the notebooks instead of the gates.")
+    ] = False,
+    skip: Annotated[str, typer.Option(metavar="GATE,GATE", help="Gates to leave out; they count as skipped.")] = "",
+    min_executed: Annotated[
+        int | None, typer.Option("--min-executed", min=0, metavar="N", help="Fewer are inconclusive.  [default: 4]")
+    ] = None,
+    assert_tps: Annotated[
+        float | None, typer.Option("--assert-tps", min=0, metavar="N", help="Least tokens per second, taken literally.")
+    ] = None,
+    assert_speedup: Annotated[
+        float | None, typer.Option("--assert-speedup", min=0, metavar="N", help="Least ratio to Ollama.")
+    ] = None,
+    assert_gpu_speedup: Annotated[
+        float | None, typer.Option("--assert-gpu-speedup", min=0, metavar="N", help="Least ratio of CUDA to the CPU.")
+    ] = None,
+    ollama: Annotated[str, typer.Option(metavar="NAME", help="The same model in Ollama.")] = "",
+    previous: Annotated[str, typer.Option(metavar="FILE", help="An earlier report (--json) to compare with.")] = "",
+    iterations: Annotated[int | None, typer.Option(min=1, metavar="N", help="Timed generations.  [default: 3]")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("-n", "--max-tokens", min=2, metavar="N", help="Tokens of each.  [default: 32]")
+    ] = None,
     as_json: AsJson = False,
     skip_contract: SkipContract = False,
 ) -> None:
-    """Try to refute a model claim by claim, without notebooks; exit 5 when one is refuted, 11 when one is undecided."""
-    from apr_core.cli.qa import examine, show_examination
+    """Put a model through eleven gates, from its capabilities to its speed; 5 when one fails, 11 when too few ran."""
+    bypass = _skips(context, skip_contract)
+    limits = {"throughput": assert_tps, "ollama_parity": assert_speedup, "gpu_speedup": assert_gpu_speedup}
+    given = {name: value for name, value in limits.items() if value is not None}
+    numbers = {"min_executed": min_executed, "iterations": iterations, "max_tokens": max_tokens}
+    set_ = {name: value for name, value in numbers.items() if value is not None}
+    if claims:
+        if skip or given or ollama or previous or set_:
+            raise UsageError("options of the gates have no effect on the claims", advice="leave them or --claims out")
+        from apr_core.cli.claims import examine as attempt
+        from apr_core.cli.claims import show_examination
 
-    skip = _skips(context, skip_contract)
-    body = examine(model, reference=reference, device=device, skip_contract=skip)
-    raise typer.Exit(show_examination(body, as_json=as_json))
+        body = attempt(model, reference=reference, device=device, skip_contract=bypass)
+        raise typer.Exit(show_examination(body, as_json=as_json))
+    from apr_core.cli.qa import Order, examine, show_report
+
+    names = tuple(name for name in skip.split(",") if name)
+    order = Order(
+        model,
+        reference,
+        device,
+        names,
+        limits=given,
+        ollama=ollama,
+        previous=previous,
+        skip_contract=bypass,
+        **set_,
+    )
+    raise typer.Exit(show_report(examine(order), as_json=as_json))
 
 
 def synth(

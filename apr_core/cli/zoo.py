@@ -75,7 +75,7 @@ def plant(
         subject.close()
     show(f"{path}: {item.what}")
     if isinstance(item, Defect):
-        show(f"to be killed by {', '.join(item.kills)}; look at it with `apr qa {path} --reference {model}`")
+        show(f"to be killed by {', '.join(item.kills)}; look at it with `apr qa {path} --claims --reference {model}`")
 
 
 def _from_python(item: Defect | Benign) -> str:

@@ -186,14 +186,14 @@ def test_the_bypass_counts_before_and_after(
         seen.append(skip_contract)
         return 0
 
-    from apr_core.cli import dispatch, qa, run, runner
+    from apr_core.cli import claims, dispatch, run, runner
 
     monkeypatch.setattr(dispatch, "gate", lambda _, *, skip, **__: seen.append(skip))
     monkeypatch.setattr(run, "answer", lambda *_, **__: 0)
-    monkeypatch.setattr(qa, "examine", note)
-    monkeypatch.setattr(qa, "show_examination", lambda *_, **__: 0)
+    monkeypatch.setattr(claims, "examine", note)
+    monkeypatch.setattr(claims, "show_examination", lambda *_, **__: 0)
     monkeypatch.setattr(runner, "run_suite", note)
-    model = {"run": ["m", "hello"], "qa": ["m"], "suite": ["--model", "m"]}[command]
+    model = {"run": ["m", "hello"], "qa": ["m", "--claims"], "suite": ["--model", "m"]}[command]
     bypass = ["--skip-contract"]
     assert main([*bypass * before, command, *model, *bypass * after]) == 0
     assert seen == [before or after]

@@ -1,157 +1,378 @@
-"""qa: claims without notebooks; the exit code follows from the verdicts, and nothing run is not a pass."""
+"""qa: eleven gates in order; a skipped one is no pass, limits are literal, and every gate can fail."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from apr_core.cli import qa
 from apr_core.cli.app import main
+from apr_core.cli.qa import NAMES, Examination, Order, Outcome, SkippedGate
+from apr_core.engines.subject import obtain
+from apr_core.engines.wrap import wrap
 from apr_core.errors import InferenceError
-from apr_core.falsify.claims import claims_of
-from apr_core.falsify.finding import Finding
-from apr_core.falsify.verdict import NotRun
+from apr_core.model.tokens import prepare_tokens
+from apr_core.peers import ollama
 
-PARITY = [claim.id for claim in claims_of("20_parity")]
-GOOD = Finding(value=0.0, compared=4, expected=4)
-HIGH = Finding(value=1e9, compared=4, expected=4)
+Body = dict[str, Any]
+QUICK = ["--iterations", "1", "-n", "4"]
 
 
-def _act(finding: Finding | Exception, claim: str) -> Callable[[Any], Finding]:
-    def measure(_: Any) -> Finding:
-        if isinstance(finding, Exception):
-            raise finding
-        return replace(finding, claim=claim)
-
-    return measure
+def _json(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, Body]:
+    code = main(["qa", *words, "--json"])
+    return code, json.loads(capsys.readouterr().out)
 
 
-def _good(claim: str) -> Finding:
-    """A finding that its claim's threshold accepts."""
-    from apr_core.falsify.claims import load_claims
-
-    limit = load_claims()[claim]
-    return replace(GOOD, value=limit.threshold)
+def _gate(body: Body, name: str) -> Body:
+    gate: Body = next(g for g in body["gates"] if g["name"] == name)
+    return gate
 
 
 @pytest.fixture
-def rooms(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, Finding | Exception]], None]:
-    """Replace the measurements of one notebook; every claim that is not named holds."""
+def gates(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+    """Replace gates; every other one passes."""
 
-    def use(given: Mapping[str, Finding | Exception]) -> None:
-        acts = {claim: _act(given.get(claim, _good(claim)), claim) for claim in PARITY}
-        monkeypatch.setattr(qa, "ROOMS", {"20_parity": "zoo"})
-        monkeypatch.setattr(qa, "import_module", lambda _: None)
-        monkeypatch.setattr(qa, "ACTS", acts)
+    def use(given: dict[str, Any]) -> None:
+        def made(name: str) -> Callable[[Examination], Outcome]:
+            def gate(_: Examination) -> Outcome:
+                found = given.get(name, Outcome(True, "fine", 1.0, 1.0))
+                if isinstance(found, Exception):
+                    raise found
+                return found
+
+            return gate
+
+        monkeypatch.setattr(qa, "GATES", tuple((name, name, made(name)) for name in NAMES))
 
     return use
 
 
+SKIP = SkippedGate("not here")
+
+
 @pytest.mark.parametrize(
-    ("given", "verdict", "code"),
+    ("given", "words", "code"),
     [
-        ({}, "CORROBORATED", 0),
-        ({PARITY[0]: Finding.nothing(NotRun.NO_CUDA)}, "CORROBORATED", 0),
-        ({PARITY[0]: Finding(value=0.0, compared=0, expected=4)}, "INCONCLUSIVE", 11),
-        ({PARITY[0]: Finding(value=0.0, compared=3, expected=4)}, "INCONCLUSIVE", 11),
-        ({PARITY[0]: InferenceError("it broke")}, "INCONCLUSIVE", 11),
-        ({PARITY[0]: HIGH}, "FALSIFIED", 5),
-        ({PARITY[0]: HIGH, PARITY[1]: InferenceError("it broke")}, "FALSIFIED", 5),
-        ({PARITY[0]: Finding(value=float("nan"), compared=4, expected=4)}, "FALSIFIED", 5),
-        ({claim: Finding.nothing(NotRun.REFUSED) for claim in PARITY}, "INCONCLUSIVE", 11),
-    ],
-    ids=[
-        "all hold",
-        "one excused",
-        "nothing compared",
-        "part compared",
-        "raised",
-        "refuted",
-        "both",
-        "nan",
-        "none run",
+        ({}, [], 0),
+        (dict.fromkeys(NAMES[:7], SKIP), [], 0),
+        (dict.fromkeys(NAMES[:8], SKIP), [], 11),
+        (dict.fromkeys(NAMES[:8], SKIP), ["--min-executed", "3"], 0),
+        (dict.fromkeys(NAMES, SKIP), ["--min-executed", "0"], 0),
+        (dict.fromkeys(NAMES, SKIP), [], 11),
+        ({"golden_output": Outcome(False, "wrong")}, [], 5),
+        ({"golden_output": InferenceError("it broke")}, [], 5),
+        ({"throughput": SKIP}, ["--assert-tps", "1"], 11),
+        ({"gpu_speedup": SKIP}, ["--assert-gpu-speedup", "1"], 11),
+        ({"ollama_parity": SKIP}, ["--ollama", "m"], 11),
+        ({"ollama_parity": SKIP}, ["--ollama", "m", "--skip", "ollama_parity"], 0),
+        ({}, ["--skip", ",".join(NAMES[:8])], 11),
+        ({}, ["--skip-contract"], 11),
     ],
 )
-def test_the_exit_code_follows_from_the_verdicts(
-    given: Mapping[str, Finding | Exception],
-    verdict: str,
+def test_the_exit_code_follows_from_the_gates(
+    given: dict[str, Any],
+    words: list[str],
     code: int,
-    rooms: Callable[[Mapping[str, Finding | Exception]], None],
+    gates: Callable[[dict[str, Any]], None],
     healthy: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One refuted claim is 5, one undecided 11; skipping everything is not passing."""
-    rooms(given)
-    assert main(["qa", str(healthy), "--json"]) == code
-    body = json.loads(capsys.readouterr().out)
-    assert (body["verdict"], len(body["gates"])) == (verdict, len(PARITY))
-    idle = sum(gate["verdict"] == "NOT_RUN" for gate in body["gates"])
-    assert (body["gates_executed"], body["gates_not_run"]) == (len(PARITY) - idle, idle)
+    """A failure is 5; too few, a gate that was asked for and did not run, or a bypass are 11; a skip is no pass."""
+    gates(given)
+    found, body = _json([str(healthy), *words], capsys)
+    assert found == code == body["exit_code"]
+    assert body["passed"] == (code == 0)
+    assert not any(gate["passed"] and gate["skipped"] for gate in body["gates"])
+    skipped = [gate for gate in body["gates"] if gate["skipped"]]
+    assert (body["gates_skipped"], body["gates_executed"]) == (len(skipped), len(NAMES) - len(skipped))
+    assert all(gate["message"].startswith("Skipped: ") for gate in skipped)
+
+
+def test_the_report_has_the_fields_of_the_specification(pygmy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All eleven gates in their order on the bundled model; what a CPU can run is run, the rest says why not."""
+    code, body = _json(["pygmy", *QUICK, "--max-tokens", "24"], capsys)
+    assert code == 0
+    assert [gate["name"] for gate in body["gates"]] == list(NAMES)
+    assert {"model", "passed", "gates", "gates_executed", "gates_skipped"} < set(body)
+    assert {"total_duration_ms", "timestamp", "summary", "system_info", "coverage"} < set(body)
     for gate in body["gates"]:
-        assert bool(gate["reason"]) == (gate["verdict"] != "CORROBORATED")
+        assert {"name", "passed", "message", "value", "threshold", "duration_ms", "skipped", "coverage"} <= set(gate)
+    executed = [gate["name"] for gate in body["gates"] if not gate["skipped"]]
+    assert executed == list(NAMES[:5])
+    assert _gate(body, "golden_output")["coverage"]["compared"] == _gate(body, "golden_output")["value"] > 2
+    assert _gate(body, "throughput")["threshold"] == qa.OTHER_FLOOR
 
 
-@pytest.mark.parametrize(("device", "code"), [("auto", 0), ("cpu", 0), ("cuda", 11)])
-def test_what_was_asked_for_must_run(
-    device: str, code: int, rooms: Callable[[Mapping[str, Finding | Exception]], None], healthy: Path
-) -> None:
-    """CUDA claims without CUDA are excused, unless the person asked for CUDA."""
-    cuda = next(claim.id for claim in claims_of("20_parity") if "cuda" in claim.needs)
-    rooms({cuda: Finding.nothing(NotRun.NO_CUDA)})
-    assert main(["qa", str(healthy), "--device", device]) == code
-
-
-def test_the_table_names_every_claim_and_reason(
-    rooms: Callable[[Mapping[str, Finding | Exception]], None], healthy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each claim has its row; a failed measurement says what it failed with; the counts close the page."""
-    rooms({PARITY[2]: InferenceError("it broke", advice="mend it"), PARITY[3]: Finding.nothing(NotRun.NO_CUDA)})
-    assert main(["qa", str(healthy)]) == 11
+def test_the_table_is_for_people(healthy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each gate, and a last line that says how it ended."""
+    assert main(["qa", str(healthy), *QUICK]) == 0
     out, err = capsys.readouterr()
-    rows = {line.split()[0]: line for line in out.splitlines() if line.startswith("F-")}
-    assert list(rows) == PARITY
-    assert "not measured: it broke; mend it" in rows[PARITY[2]]
-    assert "no CUDA device" in rows[PARITY[3]]
-    count = len(PARITY)
-    assert f"{healthy}: INCONCLUSIVE; {count - 1} executed, 1 not run" in out
-    assert err.count("F-PAR-") == count
+    assert "Golden Output" in out
+    assert "untrained model" in out
+    assert "7 of 11 gates were skipped: this examination says little" in out
+    assert out.splitlines()[-1].endswith("All executed QA gates passed (4 executed, 7 skipped)")
+    assert err.count("skipped") == 7
 
 
-def test_a_bypass_corroborates_nothing(
-    rooms: Callable[[Mapping[str, Finding | Exception]], None], refused: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("least", "code"), [("0.001", 0), ("1e9", 5)])
+def test_a_limit_is_literal(least: str, code: int, healthy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--assert-tps is what is demanded, not a tenth of it."""
+    found, body = _json([str(healthy), *QUICK, "--assert-tps", least], capsys)
+    assert found == code
+    assert _gate(body, "throughput")["passed"] == (code == 0)
+
+
+def test_a_refused_model_fails_its_gate_and_runs_no_inference(
+    refused: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Under --skip-contract every claim that holds is inconclusive, and the page says why."""
-    rooms({})
-    assert main(["qa", str(refused), "--skip-contract"]) == 11
-    out = capsys.readouterr().out
-    assert "CORROBORATED" not in out.replace("0 CORROBORATED", "")
-    assert "contract bypassed" in out
+    """The contract gate counts the violations; what needs an engine is skipped for that reason."""
+    code, body = _json([str(refused), *QUICK], capsys)
+    assert code == 5
+    contract = _gate(body, "tensor_contract")
+    assert contract["value"] > 1
+    assert "F-DATA-QUALITY" in contract["message"]
+    assert _gate(body, "throughput")["message"] == "Skipped: refused by the contract"
 
 
-def test_a_refused_model_is_5(
-    refused: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_gguf_has_its_own_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """10 tokens per second for GGUF on a CPU."""
+    from apr_core.model.synth import synthesise
+
+    path = synthesise("pygmy", format="gguf", dtype="q8_0", out=tmp_path / "m.gguf")
+    _, body = _json([str(path), *QUICK], capsys)
+    assert _gate(body, "throughput")["threshold"] == qa.GGUF_FLOOR == 10
+
+
+@pytest.fixture(scope="module")
+def subject() -> Iterator[Any]:
+    """The bundled model."""
+    opened = obtain("pygmy", device="cpu")
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("4", ""),
+        ("", "an empty answer"),
+        (" \n", "an empty answer"),
+        ("4 \ufffd", "garbage"),
+        ("4\0", "garbage"),
+        ("[UNK] 4", "garbage"),
+        ("five", "not as expected"),
+    ],
+)
+def test_answers_are_judged_in_order(text: str, complaint: str) -> None:
+    """Empty, garbage, expectation."""
+    assert qa.judge_answer(text, lambda answer: "4" in answer).startswith(complaint)
+    assert bool(qa.judge_answer(text, lambda answer: "4" in answer)) == bool(complaint)
+
+
+def test_golden_output_fails_for_another_answer(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wrong answer of many is told with its question; without golden.json the two questions are asked."""
+    exam = Examination(Order("pygmy"), subject)
+    cases = {"cases": [{"messages": [{"role": "user", "content": "What is 7-3?"}], "answer": "7 - 3 equals 5."}]}
+    monkeypatch.setitem(subject.__dict__, "golden", cases)
+    found = qa._golden(exam)
+    assert (found.holds, found.value, found.threshold) == (False, 0, 1)
+    assert "What is 7-3?" in found.message
+    monkeypatch.setitem(subject.__dict__, "golden", None)
+    assert len(qa._cases(subject)) == 2
+    assert [accepts("It is 4.") for _, accepts in qa._cases(subject)] == [True, False]
+    assert not qa._cases(subject)[1][1]("!")
+
+
+def test_capability_fails_for_what_no_engine_has(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration with something that is not computed here is named before anything is built."""
+    config = dict(subject.checkpoint.config) | {"hidden_act": "gelu"}
+    monkeypatch.setattr(subject.checkpoint, "config", config)
+    found = qa._capability(Examination(Order("pygmy"), subject))
+    assert not found.holds
+    assert "gelu" in found.message
+
+
+def _shifted(model: Any, moved: float) -> Any:
+    def hook(name: str, values: Any, at: Any) -> Any:
+        if name != "logits" or len(values) > 1:
+            return None
+        return values + moved * np.arange(values.shape[1])
+
+    return wrap(model, hook)
+
+
+def test_a_batch_and_single_tokens_are_compared(subject: Any) -> None:
+    """The same model passes; one whose single steps differ fails, and so does one that answers with NaN."""
+    ids = subject.stimulus(12).ids
+    assert qa.batched_equals_single(subject.model, ids).holds
+    assert not qa.batched_equals_single(_shifted(subject.model, 0.01), ids).holds
+    assert not qa.batched_equals_single(_shifted(subject.model, float("nan")), ids).holds
+
+
+def test_state_that_leaks_is_seen(subject: Any) -> None:
+    """A, B, A: an engine that remembers fails, and one that answers everything alike as well."""
+    asked = ([{"role": "user", "content": text}] for text in ("What is 7-3?", "What is 9+8?"))
+    first, second = (prepare_tokens(subject.model, messages=messages) for messages in asked)
+    assert qa.state_is_isolated(subject.model, first, second).holds
+    calls = iter(range(10**6))
+
+    def leak(name: str, values: Any, at: Any) -> Any:
+        return np.roll(values, next(calls), axis=1) if name == "logits" else None
+
+    assert not qa.state_is_isolated(wrap(subject.model, leak), first, second).holds
+
+    def same(name: str, values: Any, at: Any) -> Any:
+        return np.eye(1, values.shape[1]).repeat(len(values), 0) if name == "logits" else None
+
+    assert not qa.state_is_isolated(wrap(subject.model, same), first, second).holds
+
+
+def test_format_parity_holds_two_files_together(
+    tmp_path: Path, healthy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the real measurements the gate is falsified, and claims about the model's answers are not run."""
-    chosen = ("F-DATA-QUALITY-002", PARITY[0])
-    monkeypatch.setattr(qa, "ROOMS", {"10_contract_gates": "zoo", "20_parity": "parity"})
-    monkeypatch.setattr(qa, "claims_of", lambda notebook: [c for c in claims_of(notebook) if c.id in chosen])
-    assert main(["qa", str(refused), "--json"]) == 5
-    body = json.loads(capsys.readouterr().out)
-    verdicts = {gate["id"]: gate["verdict"] for gate in body["gates"]}
-    assert verdicts == {"F-DATA-QUALITY-002": "FALSIFIED", PARITY[0]: "NOT_RUN"}
-    assert "F-DATA-QUALITY-002" in body["refusal"]
+    """Another format of the same weights agrees; another model does not; the same file shows nothing, and is a hole."""
+    from apr_core.model.synth import synthesise
+
+    same = synthesise("pygmy", format="gguf", dtype="bf16", tokenizer=None, out=tmp_path / "same.gguf")
+    other = synthesise("pygmy", format="gguf", dtype="bf16", seed=5, tokenizer=None, out=tmp_path / "other.gguf")
+    code, body = _json([str(same), "--reference", str(healthy), *QUICK], capsys)
+    assert (code, _gate(body, "format_parity")["passed"]) == (0, True)
+    assert _gate(body, "format_parity")["coverage"] == {"compared": 64, "expected": 64}
+    code, body = _json([str(other), "--reference", str(healthy), *QUICK], capsys)
+    assert (code, _gate(body, "format_parity")["passed"]) == (5, False)
+    code, body = _json([str(healthy), "--reference", str(healthy), *QUICK], capsys)
+    assert (code, body["holes"]) == (11, ["format_parity"])
+    assert main(["qa", str(healthy), "--reference", "no/such/file"]) == 3
 
 
-def test_every_room_of_qa_measures_its_claims() -> None:
-    """The rooms that qa imports register a measurement for each claim of their notebook."""
-    from importlib import import_module
+def test_agreement_is_never_that_of_nan() -> None:
+    """Equal positions count; a NaN on either side does not, nor do other shapes."""
+    a = np.eye(3, dtype=np.float32)
+    assert qa.agreement(a, a) == 3
+    assert qa.agreement(a, np.roll(a, 1, axis=1)) == 0
+    assert qa.agreement(a, np.full((3, 3), np.nan)) == 0
+    assert qa.agreement(a, np.ones((2, 3))) == 0
 
-    for notebook, room in qa.ROOMS.items():
-        import_module(f"apr_core.{room}.acts")
-        missing = [claim.id for claim in claims_of(notebook) if claim.id not in qa.ACTS]
-        assert missing == [], room
+
+def test_an_earlier_report_is_a_limit(healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tenth may be lost; a report with higher numbers fails the gate, one with lower does not."""
+    code, body = _json([str(healthy), *QUICK], capsys)
+    assert code == 0
+    rate = _gate(body, "throughput")["value"]
+    for factor, expected in ((0.001, 0), (1000.0, 5)):
+        _gate(body, "throughput")["value"] = rate * factor
+        (tmp_path / "before.json").write_text(json.dumps(body))
+        code, after = _json([str(healthy), *QUICK, "--previous", str(tmp_path / "before.json")], capsys)
+        assert code == expected
+        assert _gate(after, "performance_regression")["coverage"] == {"compared": 1, "expected": 1}
+    (tmp_path / "before.json").write_text("{}")
+    assert main(["qa", str(healthy), "--previous", str(tmp_path / "before.json")]) == 4
+    assert main(["qa", str(healthy), "--previous", "no/such/report"]) == 3
+
+
+def test_gates_of_the_gpu_need_one(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a device they are skipped; asked for, it is an error before anything runs."""
+    exam = Examination(Order("pygmy"), subject)
+    for gate in (qa._gpu_speedup, qa._batched, qa._isolation):
+        with pytest.raises(SkippedGate, match="no CUDA device"):
+            gate(exam)
+    if exam.device == "cpu":
+        assert main(["qa", "pygmy", "--device", "cuda"]) == 9
+
+
+def test_gates_of_the_gpu_run_where_one_is(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an engine for it (here the CPU's, under its name) each measures; a slow device fails its ratio."""
+    monkeypatch.setattr(subject, "lacks", {})
+    exam = Examination(Order("pygmy", iterations=1, max_tokens=4), subject)
+    exam._engines = {"cuda": subject.model, "cpu": subject.model}
+    exam.values.update(cuda=30.0, cpu=10.0)
+    assert qa._gpu_speedup(exam).value == 3.0
+    exam.values.update(cuda=19.0)
+    assert not qa._gpu_speedup(exam).holds
+    exam.values.update(cpu=0.0)
+    assert not qa._gpu_speedup(exam).holds
+    assert qa._batched(exam).holds
+    assert qa._isolation(exam).holds
+    assert qa._throughput(replace_device(exam)).threshold == qa.CUDA_FLOOR
+
+
+def replace_device(exam: Examination) -> Examination:
+    """The same examination, as one that runs on CUDA."""
+    exam.__dict__["device"] = "cuda"
+    return exam
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """What Ollama says, as its interface documents it."""
+
+    rate = 100.0
+
+    def do_GET(self) -> None:
+        self._say({"models": [{"name": "tiny:latest"}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["options"]["temperature"] == 0
+        self._say({"eval_count": 100, "eval_duration": int(1e11 / self.rate) if self.rate else 0})
+
+    def _say(self, body: Body) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Answers]]:
+    """An Ollama on a free port."""
+    httpd = HTTPServer(("127.0.0.1", 0), _Answers)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{httpd.server_port}")
+    yield _Answers
+    httpd.shutdown()
+    httpd.server_close()
+    _Answers.rate = 100.0
+
+
+def test_ollama_is_compared_by_the_name_that_was_given(
+    server: type[_Answers], healthy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own rate is the divisor; no name is guessed; an unknown one is a hole; a rate of nothing is no pass."""
+    assert ollama.decode_tok_s("tiny:latest", "x", 4, 2) == pytest.approx(100.0)
+    _, body = _json([str(healthy), *QUICK], capsys)
+    assert "name it with --ollama" in _gate(body, "ollama_parity")["message"]
+    code, body = _json([str(healthy), *QUICK, "--ollama", "other"], capsys)
+    assert (code, body["holes"]) == (11, ["ollama_parity"])
+    server.rate = 1e-3
+    code, body = _json([str(healthy), *QUICK, "--ollama", "tiny:latest"], capsys)
+    assert (code, _gate(body, "ollama_parity")["passed"]) == (0, True)
+    server.rate = 1e9
+    code, body = _json([str(healthy), *QUICK, "--ollama", "tiny:latest"], capsys)
+    assert (code, _gate(body, "ollama_parity")["passed"]) == (5, False)
+    server.rate = 0.0
+    code, body = _json([str(healthy), *QUICK, "--ollama", "tiny:latest"], capsys)
+    assert code == 5
+    assert "generated nothing" in _gate(body, "ollama_parity")["message"]
+
+
+def test_options_without_effect_are_refused(healthy: Path) -> None:
+    """An unknown gate, and options of the gates beside --claims."""
+    assert main(["qa", str(healthy), "--skip", "golden"]) == 2
+    for words in (["--assert-tps", "1"], ["--skip", "throughput"], ["--min-executed", "4"], ["--previous", "x"]):
+        assert main(["qa", str(healthy), "--claims", *words]) == 2
+
+
+def test_asked_gates_follow_from_the_options() -> None:
+    """What a person gave is demanded, unless the same person skips it."""
+    order = Order("m", reference="r", device="cuda", limits={"throughput": 1.0})
+    assert order.asked == {"format_parity", "throughput", "gpu_speedup", "ptx_parity", "gpu_state_isolation"}
+    assert replace(order, skip=("throughput",)).asked == order.asked - {"throughput"}
