@@ -21,6 +21,7 @@ from apr_core.formats.spans import find_gaps, is_addressable, require_extent
 from apr_core.formats.strict_json import parse_object
 
 _FRESH = "get a fresh copy of the file"
+MAX_CONFIG_BYTES = 2 << 20  # parsed JSON takes up to thirty times its length
 # The reference lays tensors out by descending alignment so that each starts at a multiple of its element size.
 _WRITE_ORDER = (
     "U64",
@@ -217,7 +218,7 @@ def _read_config(folder: Path) -> Mapping[str, object] | None:
     """Read ``config.json`` beside the weights; None when there is none."""
     path = folder / "config.json"
     try:
-        data = read_companion(path)
+        data = read_companion(path, MAX_CONFIG_BYTES)
     except NotFound:
         return None
     return parse_object(data, file=path, what="model configuration", at=0)

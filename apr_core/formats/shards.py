@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from apr_core.errors import FormatError
+from apr_core.errors import FormatError, ReadWriteError
 from apr_core.formats.checkpoint import TensorInfo
 
 MAX_PARTS = 99_999  # five digits
@@ -72,8 +72,15 @@ def sibling_paths(path: Path, number: int, count: int, advice: str) -> list[Path
             file=path,
             advice=advice,
         )
-    paths = [path.with_name(name.sibling(n)) for n in range(1, count + 1)]
-    absent = [part.name for part in paths if not part.exists()]
+    try:
+        present = {entry.name for entry in path.parent.iterdir()}  # asked once: a liar may count to 99,999
+    except OSError as error:
+        raise ReadWriteError(
+            f"cannot look for the other parts of {path}: {error.strerror}",
+            advice="ask for the right to list its folder",
+        ) from error
+    siblings = [name.sibling(n) for n in range(1, count + 1)]
+    absent = [sibling for sibling in siblings if sibling not in present]
     if absent:
         raise FormatError(
             expected=f"{count} parts side by side",
@@ -81,7 +88,7 @@ def sibling_paths(path: Path, number: int, count: int, advice: str) -> list[Path
             file=path,
             advice="download the missing parts into the same folder",
         )
-    return paths
+    return [path.with_name(sibling) for sibling in siblings]
 
 
 def require_once(parts: Iterable[Sequence[TensorInfo]], advice: str) -> list[TensorInfo]:

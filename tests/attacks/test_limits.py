@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from apr_core.errors import FormatError
+from apr_core.formats.checkpoint import open_checkpoint
+from tests.attacks.folders import REFUSALS
 from tests.attacks.hostile import ATTACKS
 from tests.attacks.limits import MEGABYTES, SECONDS
 
@@ -38,11 +42,21 @@ def measured(root: Path) -> dict[str, tuple[str, float]]:
 
 
 def test_every_file_meets_its_error_in_time(measured: dict[str, tuple[str, float]]) -> None:
-    """All of them, none left out: exit 4, within the second and the megabytes."""
-    ids = {f"{kind}-{attack.id}" for kind, attacks in ATTACKS.items() for attack in attacks} | {"huge-hole"}
-    assert ids <= set(measured)
-    assert {i: found for i, found in measured.items() if i in ids and found[0] != "AprError 4"} == {}
-    assert {i: found for i, found in measured.items() if i in ids and not found[1] < SECONDS} == {}
+    """All of them, none left out: the exit code of its error, within the second and the megabytes."""
+    expected = {f"{kind}-{attack.id}": FormatError for kind, attacks in ATTACKS.items() for attack in attacks}
+    expected |= {build.__name__: error for build, (error, _) in REFUSALS.items()}
+    wrong = {i: measured[i] for i, error in expected.items() if measured[i][0] != f"AprError {error.exit_code}"}
+    assert wrong == {}
+    assert {i: measured[i] for i in expected if not measured[i][1] < SECONDS} == {}
+
+
+@pytest.mark.parametrize("build", REFUSALS, ids=lambda build: build.__name__)
+def test_folders_are_refused_by_name(build: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Each hostile folder meets its own error, with words that say what is wrong, and advice."""
+    error, says = REFUSALS[build]
+    with pytest.raises(error, match=says) as caught:
+        open_checkpoint(build(tmp_path))
+    assert caught.value.advice
 
 
 def test_the_limits_bite(measured: dict[str, tuple[str, float]]) -> None:

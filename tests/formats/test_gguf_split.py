@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from apr_core.errors import FormatError, UsageError
+from apr_core.errors import FormatError, ReadWriteError, UsageError
 from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.formats.codecs import decode
 from tests.attacks.build import gguf as build
@@ -189,3 +189,15 @@ def test_renamed_part_alone(tmp_path: Path) -> None:
     (tmp_path / "second.gguf").rename(tmp_path / "m-00001-of-00002.gguf")
     with pytest.raises(FormatError, match="found a name of part 1 of 2"):
         open_checkpoint(tmp_path / "m-00001-of-00002.gguf")
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the right to list the folder, the other parts cannot be looked for."""
+    first = write_split(tmp_path)
+
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ReadWriteError, match=r"other parts of .*m-00001-of-00003\.gguf: Permission denied"):
+        open_checkpoint(first)
