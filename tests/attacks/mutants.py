@@ -19,7 +19,9 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from apr_core.dtypes import BY_SAFETENSORS
 from apr_core.errors import AprError
 from apr_core.formats.apr_unrunnable import describe_unrunnable
 from apr_core.formats.checkpoint import open_checkpoint
@@ -74,6 +76,7 @@ SEEDS: dict[str, dict[str, bytes]] = {
         "model.safetensors": VALID["safetensors"],
         "config.json": b'{"hidden_size": 2, "eos_token_id": [1]}',
     },
+    "safetensors-header": {"model.safetensors": VALID["safetensors"]},
     "gguf": {"model.gguf": VALID_GGUF},
     "gguf-2": {"model.gguf": VALID_GGUF[:4] + b"\2" + VALID_GGUF[5:]},
     "gguf-blocks": {"model.gguf": _BLOCKS},
@@ -161,6 +164,22 @@ _WAYS: tuple[Callable[[bytearray, random.Random], None], ...] = (
 )
 
 
+def _bend(header: dict[str, Any], rng: random.Random) -> None:
+    """Change one value of a SafeTensors header."""
+    entry = header[rng.choice(list(header))]
+    field = rng.choice(list(entry)) if isinstance(entry, dict) and entry else None
+    number = rng.choice((*_NUMBERS, -1, 0.5, 4, 8, 12))
+    values: tuple[object, ...] = (number, str(number), None, True, [], {}, [number], [0, number], [number] * 3)
+    if field is None or rng.random() < 0.1:
+        header[rng.choice(("__metadata__", "a", "c", ""))] = rng.choice((entry, *values, {"k": "v"}, {"k": number}))
+    elif field == "dtype" and rng.random() < 0.8:
+        entry[field] = rng.choice((*BY_SAFETENSORS, "F4", "F31", ""))
+    elif isinstance(entry[field], list) and entry[field] and rng.random() < 0.8:
+        entry[field][rng.randrange(len(entry[field]))] = number
+    else:
+        entry[field] = rng.choice(values)
+
+
 def with_checksums(data: bytes) -> bytes:
     """Repair an APR file's two checksums, so that damage gets past them and reaches the parser."""
     if len(data) < 68:
@@ -178,7 +197,12 @@ def make(number: int) -> tuple[str, dict[str, bytes], str]:
     files = dict(SEEDS[kind])
     target = rng.choice(list(files))
     packed = {"apr-lz4": 0x0401, "apr-zstd": 0x0402}.get(kind)
-    if packed and rng.random() < 0.6:  # damage inside the compressed bytes
+    if kind == "safetensors-header":  # damage to what the header says, in JSON that parses
+        header, data = json.loads(files[target][8:-12]), files[target][-12:]
+        for _ in range(rng.choice((1, 1, 2))):
+            _bend(header, rng)
+        files[target] = safetensors(header, data)
+    elif packed and rng.random() < 0.6:  # damage inside the compressed bytes
         files[target] = apr_packed(with_checksums(damage(VALID_APR, rng)), packed)
     else:
         files[target] = damage(files[target], rng)
