@@ -14,7 +14,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -315,21 +315,23 @@ def _require_written(stream: BinaryIO, size: int, path: Path) -> None:
     if size < SPARSE_FROM or not hasattr(os, "SEEK_DATA"):
         return
     written = at = 0
-    with suppress(OSError):  # ENXIO behind the last data; file systems without holes say that all is data
-        for _ in range(_MAX_EXTENTS):
+    for _ in range(_MAX_EXTENTS):  # more pieces than that are no interrupted download
+        try:
             data = os.lseek(stream.fileno(), at, os.SEEK_DATA)
-            at = os.lseek(stream.fileno(), data, os.SEEK_HOLE)
-            written += at - data
-            if 2 * written >= size:
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # this file system knows no holes
                 return
-    if 2 * written < size and at < size:
-        raise FormatError(
-            expected=f"{size} bytes of data",
-            found=f"{written} that were ever written; the rest of the file is a hole (an interrupted download?)",
-            file=path,
-            at=at,
-            advice="download it again",
-        )
+            raise FormatError(
+                expected=f"{size} bytes of data",
+                found=f"{written} that were ever written; the rest of the file is a hole (an interrupted download?)",
+                file=path,
+                at=at,
+                advice="download it again",
+            ) from None
+        at = os.lseek(stream.fileno(), data, os.SEEK_HOLE)  # the end of the file where there are no holes
+        written += at - data
+        if 2 * written >= size:
+            return
 
 
 def open_checkpoint(path: str | Path, *, verify_footer: bool = True) -> Checkpoint:

@@ -8,6 +8,7 @@ Source: ``pickletools`` (opcodes; its lexer executes nothing); PyTorch's zip con
 from __future__ import annotations
 
 import pickletools
+from contextlib import suppress
 from pathlib import Path
 
 from apr_core.errors import AprError
@@ -35,14 +36,10 @@ def _is_old_pickle(head: bytes) -> bool:
     """Tell a pickle without a protocol byte: only its opcodes give it away."""
     if head[:1] not in (b"(", b"]", b"}", b"c"):
         return False
-    seen = 0
-    try:
-        for opcode, _, _ in pickletools.genops(head):
-            seen += 1
+    with suppress(ValueError, OverflowError):  # no opcode, or a broken argument
+        for seen, (opcode, _, _) in enumerate(pickletools.genops(head), start=1):
             if opcode.name == "STOP" or seen == _ENOUGH:
                 return seen > 1
-    except (ValueError, OverflowError, UnicodeDecodeError):  # no opcode, or a broken argument
-        return False
     return False
 
 

@@ -250,6 +250,7 @@ APR = [
     Attack("lz4-size-huge", apr_packed(b"", 0x0401, b"\xff" * 4 + bytes(40)), "4294967295 bytes of 40"),
     Attack("lz4-size-less", apr_packed(b"", 0x0401, b"\1\0\0\0" + lz4.block.compress(VALID_APR)[4:]), "an LZ4 block"),
     Attack("lz4-size-more", PACKED["lz4"][:64] + b"\xf0\3\0\0" + PACKED["lz4"][68:], "an LZ4 block of 1008 bytes"),
+    Attack("lz4-half-plain", apr(_A, _DATA, flags=0x0401, metadata=b'{"a": }'), "expands at most 255-fold"),
     Attack("lz4-damaged", PACKED["lz4"][:72] + b"\xff" * 12 + PACKED["lz4"][84:], "an LZ4 block|not UTF-8"),
     Attack("lz4-stump", apr_packed(b"", 0x0401, b"\1\0"), "an LZ4 block"),
     Attack("packed-truncated", apr_packed(VALID_APR[:-80], 0x0402), "bytes are missing"),

@@ -152,6 +152,29 @@ def test_small_hole_is_legal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert list(checkpoint.tensors) == ["a"]
 
 
+@pytest.mark.skipif(not hasattr(os, "SEEK_DATA"), reason="no holes in files here")
+def test_many_holes_are_legal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in more pieces than are counted opens, and any file where holes are unknown."""
+    monkeypatch.setattr("apr_core.formats.checkpoint.SPARSE_FROM", 1)
+    head = safetensors({"a": entry("U8", [1 << 20], [0, 1 << 20])})
+    with (tmp_path / "m").open("wb") as stream:
+        stream.write(head)
+        stream.truncate(len(head) + (1 << 20))
+    with pytest.raises(FormatError, match="is a hole"):
+        open_checkpoint(tmp_path / "m")
+    with monkeypatch.context() as patch:
+        patch.setattr("apr_core.formats.checkpoint._MAX_EXTENTS", 1)
+        with open_checkpoint(tmp_path / "m") as checkpoint:
+            assert list(checkpoint.tensors) == ["a"]
+
+    def unknown(*_: int) -> int:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "lseek", unknown)
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        assert list(checkpoint.tensors) == ["a"]
+
+
 def test_map_without_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain mapping of other systems is private too."""
     monkeypatch.setattr("sys.platform", "other")
