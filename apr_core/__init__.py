@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apr_core.contract.admit import Admission, admit
+    from apr_core.contract.gated import gated
     from apr_core.engines.load import load_model
     from apr_core.engines.subject import Subject, obtain, open_round
     from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
@@ -28,6 +29,7 @@ _HOME = {
     "Trace": "model.trace",
     "admit": "contract.admit",
     "compare": "parity.compare",
+    "gated": "contract.gated",
     "generate": "model.generate",
     "load_model": "engines.load",
     "logits": "model.generate",
@@ -47,6 +49,7 @@ __all__ = [
     "Trace",
     "admit",
     "compare",
+    "gated",
     "generate",
     "load_model",
     "logits",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from apr_core.cli import explain, parity, rosetta, tensors, validate, zoo
+from apr_core.cli import canary, chat, check, explain, lint, parity, rosetta, tensors, tools, validate, zoo
 from apr_core.cli.dispatch import SkipContract, admission_of
 from apr_core.errors import UsageError
 
@@ -20,11 +21,16 @@ Reference = Annotated[str, typer.Option(metavar="PATH", help="The model that thi
 
 def register(app: typer.Typer) -> None:
     """Put every command of this module into the application."""
-    for command in (run, inspect, validate.validate, tensors.tensors, explain.explain, qa, synth):
+    commands: tuple[Callable[..., None], ...] = (
+        *(run, chat.chat, check.check, qa, validate.validate, inspect, tensors.tensors, lint.lint, explain.explain),
+        *(tools.tools, synth),
+    )
+    for command in commands:
         app.command()(command)
     app.command(cls=Suite)(suite)
     parity.register(app)
     rosetta.register(app)
+    app.add_typer(canary.app, name="canary")
     app.add_typer(zoo.app, name="zoo")
 
 

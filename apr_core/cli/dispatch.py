@@ -54,6 +54,8 @@ _NONE = CommandClass(Kind.NONE)
 
 COMMANDS: Mapping[str, CommandClass] = {
     "run": _action("model"),
+    "chat": _action("model"),
+    "check": _action("model"),
     "trace": _action("model", "reference"),
     "parity": _action("model", "reference"),
     "eval": _action("model", "base"),
@@ -61,7 +63,10 @@ COMMANDS: Mapping[str, CommandClass] = {
     "validate": _DIAGNOSTIC,
     "inspect": _DIAGNOSTIC,
     "tensors": _DIAGNOSTIC,
+    "lint": _DIAGNOSTIC,
     "explain": _DIAGNOSTIC,
+    "canary create": _DIAGNOSTIC,
+    "canary check": _DIAGNOSTIC,
     "convert": _action("source"),
     "import": _action("source"),
     "export": _action("source"),
@@ -78,6 +83,7 @@ COMMANDS: Mapping[str, CommandClass] = {
     "zoo plant": _DIAGNOSTIC,
     "zoo run": _DIAGNOSTIC,
     "zoo list": _NONE,
+    "tools": _NONE,
     "synth": _NONE,
 }
 

@@ -75,7 +75,7 @@ def _look_up(table: dict[str, list[dict[str, Any]]], code: str) -> list[dict[str
 def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Collect every code with what is known of it: a gate's rows and the claim of the same id stand together."""
     table: dict[str, list[dict[str, Any]]] = {}
-    for entry in (*_gates(), *_claims(), *_errors(), *_exits(), *_causes(), *_defects()):
+    for entry in (*_gates(), *_claims(), *_lints(), *_errors(), *_exits(), *_causes(), *_defects()):
         table.setdefault(entry["code"], []).append(entry)
     return table
 
@@ -119,6 +119,13 @@ def _claims() -> Iterator[dict[str, Any]]:
             "argued_in": f"notebooks/{claim.notebook}.ipynb",
             "next": "try to refute it with `apr qa MODEL --claims`, or run its notebook with `apr suite`",
         }
+
+
+def _lints() -> Iterator[dict[str, Any]]:
+    from apr_core.cli.lint import RULES
+
+    for name, (level, do, rule) in RULES.items():
+        yield {"code": name, "says": rule.__doc__ or "", "kind": "lint rule", "level": level, "next": do}
 
 
 def _errors() -> Iterator[dict[str, Any]]:

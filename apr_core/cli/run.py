@@ -56,11 +56,11 @@ def answer(
         prepared = _prepare(load_tokenizer(checkpoint), prompt, system, raw=raw)
         if str(checkpoint.metadata.get("apr.untrained", "")).lower() == "true":
             note("an untrained model of `apr synth`: its text has no meaning")
-        loaded = build(admission, device=_device(device))
+        loaded = build(admission, device=device_for(device))
         note(f"{checkpoint.path.name}: {checkpoint.format}, {loaded.backend} on {loaded.device}")
         started = time.monotonic()
         generation = generate(loaded, prepared, **sampling)
-        first = _print(generation, stream=stream)
+        first = print_answer(generation, stream=stream)
         _account(generation, prepared, started, first)
         if sampling["temperature"]:
             note(f"sampled with --seed {generation.seed}")
@@ -81,7 +81,7 @@ def _prepare(tokenizer: Tokenizer, prompt: str, system: str | None, *, raw: bool
     return prepare_tokens(tokenizer, messages=[*messages, {"role": "user", "content": prompt}])
 
 
-def _device(asked: str) -> str:
+def device_for(asked: str) -> str:
     """Resolve ``auto``; a device that was asked for and is not there is an error, before minutes of judging."""
     from apr_core.engines.load import engine_for
 
@@ -93,7 +93,7 @@ def _device(asked: str) -> str:
     return asked
 
 
-def _print(generation: Generation, *, stream: bool) -> float:
+def print_answer(generation: Generation, *, stream: bool) -> float:
     """Generate and print; return when the first token was there (monotonic seconds)."""
     first, printed = 0.0, 0
     for _ in generation:

@@ -9,6 +9,7 @@ import pytest
 from apr_core import errors
 from apr_core.cli.app import main
 from apr_core.cli.explain import catalogue
+from apr_core.cli.lint import RULES
 from apr_core.contract.gates import load_gates
 from apr_core.falsify.claims import load_claims
 from apr_core.zoo.registry import CAUSES, load_zoo
@@ -16,6 +17,7 @@ from apr_core.zoo.registry import CAUSES, load_zoo
 CODES = {
     "gate": {gate.id for gate in load_gates().gates},
     "claim": set(load_claims()),
+    "lint rule": set(RULES),
     "exit code": {str(int(code)) for code in errors.Exit},
     "error": {"AprError", *(error.__name__ for error in errors.AprError.__subclasses__())},
     "cause": set(CAUSES),

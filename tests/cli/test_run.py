@@ -144,8 +144,8 @@ def test_a_missing_device_is_9(
 def test_auto_takes_what_is_there(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` is the GPU where there is one, else the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert run._device("auto") == ("cuda" if there else "cpu")
-    assert run._device("cpu") == "cpu"
+    assert run.device_for("auto") == ("cuda" if there else "cpu")
+    assert run.device_for("cpu") == "cpu"
 
 
 def test_streams_never_cut_a_character(
@@ -173,7 +173,7 @@ def test_streams_never_cut_a_character(
 
     pieces: list[str] = []
     monkeypatch.setattr(run, "_write", pieces.append)
-    run._print(Spoken(), stream=True)  # type: ignore[arg-type]
+    run.print_answer(Spoken(), stream=True)  # type: ignore[arg-type]
     assert "".join(pieces) == text + "\n"
     assert not any("\ufffd" in piece for piece in pieces)
     assert len(pieces) > 5
