@@ -60,9 +60,10 @@ def test_folders_are_refused_by_name(build: Callable[[Path], Path], tmp_path: Pa
 
 
 def test_the_limits_bite(measured: dict[str, tuple[str, float]]) -> None:
-    """An allocation just above the limit fails there, and a second too much is seen."""
+    """An allocation just above the limit fails there, a tenth of a second too much is seen, and a hang is ended."""
     assert measured["control-memory"][0] == "MemoryError", MEGABYTES
     assert measured["control-time"][1] > SECONDS
+    assert measured["control-hang"] == ["TimeoutError", pytest.approx(0, abs=0.2)]
 
 
 def test_mutants(root: Path) -> None:
@@ -83,7 +84,9 @@ def test_a_finding_is_reported(root: Path, tmp_path: Path) -> None:
         "    i = next(n)\n"
         "    if i == 30: raise IndexError('planted')\n"
         "    if i == 60: bytearray(200 << 20)\n"
-        "    if i == 90: time.sleep(1.1)\n"
+        "    if i == 90:\n"
+        "        end = time.process_time() + 1.1\n"
+        "        while time.process_time() < end: pass\n"
         "    return real(file)\n"
         "g.read_gguf = broken\n"
         "from tests.attacks import mutants; sys.argv = ['x', '400']; raise SystemExit(mutants.main())"
