@@ -130,6 +130,11 @@ def _labelled(pattern: str, old: str, new: str) -> Recipe:
     return written(change)
 
 
+def _ones(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Take 1.0 for every value, as an F8_E4M3 code."""
+    return np.full(values.shape, 0x38, np.uint8)
+
+
 def _packed(pattern: str, dtype: str, pack: Callable[[NDArray[np.float32]], NDArray[Any]]) -> Recipe:
     """Store tensors as integers and lay the file out anew, as a quantiser does that loses its scales."""
 
@@ -484,6 +489,9 @@ DEFECTS: tuple[Defect, ...] = (
         Row("int8-without-scale", "down_proj is stored as bare int8 codes", _packed(_DOWN, "I8", _codes)),
         Row("all-int8", "every matrix is stored as bare int8 codes", _packed("*proj.weight", "I8", _codes)),
         Row("bias-integers", "a v bias is stored as int8 codes", _packed(_V_BIAS, "I8", _codes))),
+    *family("vectors-in-eight-bits", "codec", "tiny-model 234", (INTEGER_LABEL,),
+        Row("norm-in-f8", "the final norm is stored in eight bits", _packed("model.norm.weight", "F8_E4M3", _ones)),
+        Row("biases-in-f8", "the biases are stored in eight bits", _packed(f"{LAYERS}*.bias", "F8_E4M3", _ones))),
     *family("pages-lost", "missing-data", "SimpleTuner 2714", ("F-DATA-QUALITY-001",),
         Row("stale-pages", "the second half of the file repeats the first", written(_from_data(_stale_pages)),
             ("F-GT-008", "F-GT-010"), "each value is one of the model's own"),

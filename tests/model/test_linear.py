@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from apr_core.contract.admit import admit
+from apr_core.contract.stats import measure
 from apr_core.contract.types import RepackedHead, ValidatedEmbedding, ValidatedVector, ValidatedWeight
-from apr_core.engines.load import load_model
+from apr_core.engines.load import build, load_model
+from apr_core.model.generate import generate
 from apr_core.model.linear import Embedding, Head, Linear, Place, RMSNorm, Weights
+from apr_core.model.tokens import prepare_tokens
 
 
 def test_parts_compute_what_they_say(tiny: Path, untied: Path) -> None:
@@ -106,3 +109,13 @@ def test_another_order_of_summation_and_another_precision(tiny: Path) -> None:
     assert not torch.equal(plain, split)
     for rounded in (plain, split):
         torch.testing.assert_close(rounded.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_changes_no_stored_byte(tiny: Path) -> None:
+    """The digest of every tensor after a generation is the one that the gate measured before it."""
+    admission = admit(tiny)
+    model = build(admission)
+    list(generate(model, prepare_tokens(model, ids=[5, 6, 7]), max_new_tokens=4))
+    after = {name: measure(admission.checkpoint.raw(name)).digest for name in admission.stats}
+    assert after == {name: stats.digest for name, stats in admission.stats.items()}
+    assert len(after) == 26
