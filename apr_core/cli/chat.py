@@ -28,7 +28,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = "auto",
 ) -> None:
-    """Talk with a model; from a pipe each line is one message, and stdout holds the answers alone."""
+    """Talk with a model. From a pipe each line is one message, and stdout holds the answers alone."""
     from apr_core.cli.output import note
     from apr_core.cli.run import device_for
     from apr_core.engines.load import build

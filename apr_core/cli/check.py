@@ -25,7 +25,7 @@ def check(
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print strict JSON.")] = False,
 ) -> None:
-    """Test a model stage by stage, from tokenizer to sampler, every layer; exit 5 when a stage fails."""
+    """Test a model stage by stage. From tokenizer to sampler, every layer; exit 5 when a stage fails."""
     from apr_core.cli.output import show, show_json, show_table
     from apr_core.cli.run import device_for
     from apr_core.engines.load import build, load_plain

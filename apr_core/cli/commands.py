@@ -60,7 +60,7 @@ def run(
     device: Device = "auto",
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
 ) -> None:
-    """Answer a prompt: the generated text on stdout, everything else on stderr."""
+    """Answer one prompt. The generated text goes to stdout, everything else to stderr."""
     from apr_core.cli.run import answer
 
     if text is not None and prompt is not None:
@@ -92,7 +92,7 @@ def inspect(
         bool, typer.Option("--hash", help="Compute the sha256 of the weights: reads every byte.")
     ] = False,
 ) -> None:
-    """Describe a file without judging it; works on files that the contract refuses."""
+    """Describe a file without judging it. Works on files that the contract refuses."""
     from apr_core.cli.inspect import describe, show_description
     from apr_core.cli.output import show_json
 
@@ -130,7 +130,7 @@ def qa(
     as_json: AsJson = False,
     skip_contract: SkipContract = False,
 ) -> None:
-    """Put a model through eleven gates, from its capabilities to its speed; 5 when one fails, 11 when too few ran."""
+    """Put a model through eleven gates. From its capabilities to its speed; 5 when one fails, 11 when too few ran."""
     bypass = _skips(context, skip_contract)
     limits = {"throughput": assert_tps, "ollama_parity": assert_speedup, "gpu_speedup": assert_gpu_speedup}
     given = {name: value for name, value in limits.items() if value is not None}
@@ -171,7 +171,7 @@ def synth(
     ] = "",
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
-    """Write an untrained model of exact shape with plausible random weights."""
+    """Write an untrained model. Of exact shape, with plausible random weights."""
     from apr_core.cli.synth import write_synthetic
 
     write_synthetic(out, shape=shape, format=container, dtype=dtype, tokenizer=tokenizer, seed=seed)
@@ -207,7 +207,7 @@ def suite(
     ] = None,
     skip_contract: SkipContract = False,
 ) -> None:
-    """Run the notebooks on a model and conclude from the evidence that they leave."""
+    """Run the notebooks on a model. Conclude from the evidence that they leave."""
     from apr_core.cli.runner import run_suite
 
     parameters: dict[str, str] = {}

@@ -31,7 +31,7 @@ def explain(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print strict JSON.")] = False,
 ) -> None:
-    """Say what a code means, what breaks it, and what to do next."""
+    """Say what a code means. What breaks it, and what to do next."""
     from apr_core.cli.output import show, show_json, show_table
 
     table = catalogue()

@@ -21,7 +21,7 @@ def lint(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model file or folder, or 'pygmy'.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print strict JSON.")] = False,
 ) -> None:
-    """Look for broken conventions; exit 5 when a rule warns. Judges no weights (`apr validate` does)."""
+    """Look for broken conventions. Exit 5 when a rule warns; judges no weights (`apr validate` does)."""
     from apr_core.cli.output import show, show_json, show_table
 
     body = findings(model)

@@ -26,7 +26,7 @@ def tensors(
     limit: Annotated[int, typer.Option("--limit", min=0, metavar="N", help="Show N at most; 0 for all.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print strict JSON.")] = False,
 ) -> None:
-    """List the tensors of a file: role, type, shape, where the bytes lie; works on files that the contract refuses."""
+    """List the tensors of a file. Role, type, shape, where the bytes lie; works on files that the contract refuses."""
     from apr_core.cli.output import show_json
 
     body = listing(model, matching=matching, stats=stats, limit=limit)

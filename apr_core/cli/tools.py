@@ -65,7 +65,7 @@ TOOLS: tuple[Tool, ...] = (
 def tools(
     as_json: Annotated[bool, typer.Option("--json", help="Print strict JSON.")] = False,
 ) -> None:
-    """Run each of the specification's seventeen tools: its help, a fixture that passes and one that fails."""
+    """Run each of the seventeen tools. Its help, a fixture that passes and one that fails."""
     from apr_core.cli.output import show, show_json, show_table
 
     body = coverage()

@@ -35,7 +35,7 @@ def validate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print strict JSON.")] = False,
 ) -> None:
-    """Judge files by every gate and list all violations; exit 5 when one is refused."""
+    """Judge files by every gate. All violations are listed; exit 5 when a file is refused."""
     from apr_core.cli.output import show_json
 
     judge = judgement if len(models) == 1 else _attempt

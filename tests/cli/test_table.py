@@ -7,6 +7,8 @@ The words of each call are made from the command's own parameters, so that a new
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from apr_core.engines import load
 from apr_core.formats.checkpoint import TensorSource, open_checkpoint
 from apr_core.formats.safetensors import write_safetensors
 
+DIAGNOSTIC = dispatch.Kind.DIAGNOSTIC
 LEAVES = dict(dispatch.leaves(dispatch.attach(typer.main.get_command(app))))
 ACTIONS = [
     (path, model)
@@ -37,6 +40,10 @@ ASKED = {
     "canary create": ["MODEL", "--out", "OUT"],
     "canary check": ["MODEL", "--canary", "CANARY"],
 }
+CANARY = (
+    *("schema", "sha256", "prompt", "max_tokens", "mode", "template_sha256", "prompt_ids", "ids", "answer"),
+    "activations",
+)
 # These take minutes, or need a healthy model to damage: their own tests are named.
 ELSEWHERE = {
     "suite": "tests/cli/test_runner.py",
@@ -147,6 +154,76 @@ def test_every_diagnostic_reads_a_corrupt_model(
     assert code in (0, 5, 11), err
     assert out.strip() or "contract violations in 2 tensors" in err
     assert "error: " not in err.replace(f"error: {refused}/model.safetensors has ", "")
+
+
+def _empty(at: Path) -> None:
+    at.mkdir()
+
+
+def _pickle(at: Path) -> None:
+    at.write_bytes(pickle.dumps({"weights": 1}))
+
+
+def _pickles(at: Path) -> None:
+    at.mkdir()
+    _pickle(at / "pytorch_model.bin")
+
+
+def _circle(at: Path) -> None:
+    at.symlink_to(at.with_name("other"))
+    at.with_name("other").symlink_to(at)
+
+
+def _locked(at: Path) -> None:
+    at.write_bytes(b"GGUF" + bytes(60))
+
+
+HOSTILE = {
+    "a folder without a model": (_empty, 3, "no model.safetensors, .gguf or .apr in "),
+    "a pickle": (_pickle, 4, "executable content: a Python pickle"),
+    "a folder of pickles": (_pickles, 4, "executable content alone: pytorch_model.bin"),
+    "a circle of links": (_circle, 7, "symbolic links lead in a circle"),
+    "an unreadable file": (_locked, 7, "ermission"),
+}
+OPENING = sorted({path for path, _ in ACTIONS} | {p for p, c in dispatch.COMMANDS.items() if c.kind is DIAGNOSTIC})
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("path", [p for p in OPENING if p not in {*ELSEWHERE, "explain"}])
+def test_what_is_no_model_has_its_own_message_and_code(
+    path: str,
+    kind: str,
+    built: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every command that opens a model says what lies in its place, on one line of stderr, and writes nothing."""
+    make, code, says = HOSTILE[kind]
+    at = tmp_path / "hostile.gguf"
+    make(at)
+    real = os.open
+
+    def refuse(name: Any, *rest: Any, **more: Any) -> int:
+        if kind == "an unreadable file" and str(name) == str(at):  # whoever runs this may read everything
+            raise PermissionError(13, "Permission denied", str(name))
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    canary = tmp_path / "canary.json"
+    if path == "canary check":
+        (tmp_path / "canary.json").write_text(json.dumps(dict.fromkeys(CANARY, 1) | {"tensors": {"a": 1}}))
+    there = sorted(tmp_path.iterdir())
+    places = {"MODEL": at, "OUT": tmp_path / "out", "CANARY": canary}
+    names = dispatch.COMMANDS[path].models or [p.name for p in LEAVES[path].params if p.name in MODELS and p.required]
+    asked = [str(places.get(word, word)) for word in ASKED.get(path, [])]
+    words = [*path.split(), *asked] if asked else words_of(path, dict.fromkeys(names, at), tmp_path)
+    assert main(words) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert err.count("error: ") == 1
+    assert sorted(tmp_path.iterdir()) == there
 
 
 def _sharded(source: Path, folder: Path) -> Path:
