@@ -44,6 +44,10 @@ check:  ## what CI runs
 slow:  ## minutes of work that CI has no time for
 	$(PY)pytest -q -m slow
 
+bench:  ## MODEL (pygmy) against its ceiling, with intervals; PEERS="--peer llama.cpp"; kept in reports/
+	$(PY)python -m apr_core bench $(or $(MODEL),pygmy) --context 128,1024 $(PEERS) \
+	  --out reports/bench-$$(date +%Y%m%d-%H%M%S).json
+
 bench-reference:  ## tokens per second of the reference against the machine's ceiling
 	$(PY)python benchmarks/bench_reference.py
 
@@ -53,4 +57,4 @@ test-browser:  ## the last report and the notebooks in a real browser
 clean:  ## caches
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
-.PHONY: help setup fmt lint types layers test attacks attacks-long notebooks report size check slow bench-reference test-browser clean
+.PHONY: help setup fmt lint types layers test attacks attacks-long notebooks report size check slow bench bench-reference test-browser clean

@@ -167,3 +167,43 @@ class Bandwidth:
     def roofline(self) -> Roofline:
         """Return what was measured so far."""
         return Roofline(self.nbytes, np.array(self.samples))
+
+
+@dataclass
+class StreamBandwidth:
+    """
+    A buffer as large as what one token reads, read in one stream per thread by the widest loads there are.
+
+    The ceiling of the compiled engines: nothing but reading, by the instructions that they read weights with.
+    """
+
+    nbytes: int
+    threads: int
+    samples: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        from apr_core.engines.team import Team
+
+        size = max(1 << 14, min(self.nbytes, LARGEST_BUFFER))
+        self._part = max(256, size // self.threads // 256 * 256)
+        # ones, not empty or zeros: untouched pages are all one page, which reads at the speed of the cache
+        self._buffer = np.ones(self._part * self.threads, np.uint8)
+        self._team = Team(self.threads)
+
+    def sample(self) -> None:
+        """Read the buffer until it took long enough to time, and keep the rate; 1e9 bytes per second."""
+        from apr_core.kernels.cpu.stream import read_all
+
+        base, part = self._buffer.ctypes.data, self._part
+
+        def read(thread: int) -> None:
+            read_all(base + thread * part, part)
+
+        self._team.run(read)
+        for _ in range(3):
+            passes, elapsed, start = 0, 0.0, time.perf_counter_ns()
+            while elapsed < _SHORTEST_S:
+                self._team.run(read)
+                passes += 1
+                elapsed = (time.perf_counter_ns() - start) * 1e-9
+            self.samples.append(passes * self._buffer.nbytes / elapsed / 1e9)

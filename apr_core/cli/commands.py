@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from apr_core.cli import canary, chat, check, explain, lint, parity, rosetta, tensors, tools, validate, zoo
+from apr_core.cli import bench, canary, chat, check, explain, lint, parity, rosetta, tensors, tools, validate, zoo
 from apr_core.cli.dispatch import SkipContract, admission_of
 from apr_core.errors import UsageError
 
@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
     app.command(cls=Suite)(suite)
     parity.register(app)
+    bench.register(app)
     rosetta.register(app)
     app.add_typer(canary.app, name="canary")
     app.add_typer(zoo.app, name="zoo")

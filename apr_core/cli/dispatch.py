@@ -59,6 +59,8 @@ COMMANDS: Mapping[str, CommandClass] = {
     "trace": _action("model", "reference"),
     "parity": _action("model", "reference"),
     "eval": _action("model", "base"),
+    "bench": _action("model"),
+    "profile": _action("model"),
     "qa": _DIAGNOSTIC,
     "validate": _DIAGNOSTIC,
     "inspect": _DIAGNOSTIC,

@@ -156,6 +156,18 @@ class CpuQwen2:
             self._team, self._rows = team, 0
             self._make_room(1)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one decode step reads."""
+        return self.weights.nbytes
+
+    def seconds_by_phase(self) -> dict[str, float]:
+        """Return the seconds that thread 0 has spent in each phase since the last call."""
+        with self._lock:
+            spent = dict(zip(step.PHASES, (self._clocks[0, 1:] * 1e-9).tolist(), strict=True))
+            self._clocks[:] = 0
+        return spent
+
     def new_cache(self, start: int = 0) -> CpuCache:
         """Return an empty cache whose first token stands at position ``start``."""
         return CpuCache(self.config, start)
@@ -299,6 +311,7 @@ class CpuQwen2:
             self._shared[at] = buffer.ctypes.data
         self._shared[step.TILES] = tiles.ctypes.data
         positions = padded(self.config.max_position_embeddings, 16)
+        self._clocks = np.zeros((self._team.size, 1 + len(step.PHASES)), np.int64)
         own: list[list[NDArray[np.generic]]] = [
             [
                 # thread 0 leaves the last norm where a trace looks for it
@@ -306,8 +319,9 @@ class CpuQwen2:
                 np.zeros(widest * tile_block_bytes(1, digits), np.uint8),
                 np.empty(widest * SCRATCH, np.uint8),
                 np.empty(positions, np.float32),
+                clock,
             ]
-            for thread in range(self._team.size)
+            for thread, clock in enumerate(self._clocks)
         ]
         self._own = np.array([[array.ctypes.data for array in row] for row in own], np.int64)
         self._alive: Sequence[object] = (tiles, own)

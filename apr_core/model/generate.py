@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from apr_core.contract.gates import Violation, judge_generation
 from apr_core.errors import InferenceError, UsageError
 from apr_core.model.tokens import PreparedTokens
-from apr_core.model.trace import Cache, Fingerprints, Trace, TracedForward
+from apr_core.model.trace import Cache, Fingerprints, Trace, TracedForward, last_logits
 
 PREFILL_TOKENS = 512  # positions per forward of a long prompt: bounds logits and attention scores in memory
 
@@ -107,8 +107,7 @@ def prefill(model: TracedForward, prepared: PreparedTokens) -> tuple[Cache, NDAr
     model.config.check_input(ids, 0)
     cache = model.new_cache()
     for start in range(0, ids.size, PREFILL_TOKENS):
-        scores = model.forward(ids[start : start + PREFILL_TOKENS], cache)
-    last: NDArray[np.float32] = scores[-1]
+        last = last_logits(model, ids[start : start + PREFILL_TOKENS], cache)
     return cache, last
 
 

@@ -131,6 +131,21 @@ def test_a_nan_reaches_the_logits(models: dict[str, Path], monkeypatch: pytest.M
     assert np.isnan(engine.forward(np.array([1]))).all()
 
 
+def test_time_is_split_into_phases(models: dict[str, Path]) -> None:
+    """What thread 0 did adds up to no more than the clock around it, and is counted once."""
+    engine = CpuQwen2(admit(models["mixed"]).require(), "speed", threads=1)
+    engine.forward(np.array([1]))
+    engine.seconds_by_phase()
+    start = time.perf_counter()
+    engine.forward(np.arange(1, 20))
+    wall = time.perf_counter() - start
+    spent = engine.seconds_by_phase()
+    assert all(seconds > 0 for seconds in spent.values())
+    assert 0.05 * wall < sum(spent.values()) <= wall
+    assert sum(engine.seconds_by_phase().values()) == 0
+    assert engine.bytes_per_token == engine.weights.nbytes
+
+
 def test_more_threads_than_cores_are_refused() -> None:
     """They would wait for each other at every barrier."""
     cores = features.available_cores()

@@ -18,6 +18,7 @@ from apr_core.kernels.cpu.matmul import SCRATCH, matmul
 from apr_core.kernels.cpu.matvec import matvec
 from apr_core.kernels.cpu.panels import BLOCK, LAYOUTS, ROWS, example_bytes, pack_reference
 from apr_core.kernels.cpu.repack import repack
+from apr_core.kernels.cpu.stream import read_all
 from apr_core.kernels.cpu.vec import Mode
 from apr_core.kernels.registry import Kernel, register
 
@@ -233,6 +234,20 @@ def _heads() -> Iterator[tuple[Floats, Floats]]:
         yield random.standard_normal(dim).astype(np.float32), random.uniform(0, 6, dim // 2).astype(np.float32)
 
 
+def _read(values: NDArray[np.int32]) -> int:
+    return int(read_all(values.ctypes.data, values.nbytes))
+
+
+def _read_reference(values: NDArray[np.int32]) -> int:
+    return int(values.sum(dtype=np.int32))
+
+
+def _buffers() -> Iterator[tuple[NDArray[np.int32]]]:
+    for words in (64, 6400):
+        yield (np.random.default_rng(13).integers(-(2**31), 2**31, words).astype(np.int32),)
+
+
+register(Kernel("read", "any", "cpu", "numba", "exact", _read, _read_reference, _buffers))
 for _op, _run, _reference, _examples in (
     ("rms_norm", _rms_norm, _rms_norm_reference, _norms),
     ("swiglu", _swiglu, _swiglu_reference, _gates),

@@ -36,7 +36,20 @@ HIDDEN, HIDDEN_WIDTH, QUERY_WIDTH, KEY_WIDTH, INNER_WIDTH, HEADS, KV_HEADS, HEAD
     ROPE,
 ) = range(16)  # fmt: skip
 # The table of buffers of one thread: addresses.
-OWN_NORMED, OWN_TILE, OWN_SCRATCH, OWN_SCORES = range(4)
+OWN_NORMED, OWN_TILE, OWN_SCRATCH, OWN_SCORES, OWN_CLOCK = range(5)
+PHASES = (
+    "norms and rounding",
+    "q, k, v",
+    "RoPE and cache",
+    "attention",
+    "output",
+    "gate, up",
+    "down",
+    "head",
+    "waiting",
+)
+"""What a thread's time is split into; OWN_CLOCK is int64: the last reading, then nanoseconds by phase."""
+_PREPARE, _INPUTS, _ROPE, _ATTEND, _OUTPUT, _GATES, _DOWN, _HEAD, _WAIT = range(9)
 # Words of the barrier, on different cache lines.
 BARRIER_WORDS = 32
 _GENERATION = 8 * 16
@@ -61,6 +74,23 @@ def barrier(words: int, threads: int, spins: int) -> None:
         polls += 1
         if polls > spins:
             vec.give_way()
+
+
+@njit(**INLINE)
+def _lap(clock: int, phase: int) -> None:
+    """Book the time since the last reading to a phase."""
+    now = vec.now_ns()
+    at = clock + 8 + 8 * phase
+    vec.atomic_store(at, vec.atomic_load(at) + now - vec.atomic_load(clock))
+    vec.atomic_store(clock, now)
+
+
+@njit(**INLINE)
+def _meet(clock: int, phase: int, words: int, threads: int, spins: int) -> None:
+    """Book the work before a barrier, wait there, and book the waiting."""
+    _lap(clock, phase)
+    barrier(words, threads, spins)
+    _lap(clock, _WAIT)
 
 
 @njit(**INLINE)
@@ -243,40 +273,42 @@ def _layer(
     """One decoder layer; buffers keep everything that a trace records until the next one."""
     normed = own[OWN_NORMED] if single else shared[NORMED]
     tiles = own[OWN_TILE] if single else shared[TILES]
-    scratch = own[OWN_SCRATCH]
+    scratch, clock = own[OWN_SCRATCH], own[OWN_CLOCK]
 
     _norm_rows(shared[RESIDUAL], vectors[INPUT_GAIN], normed, sizes, tokens, single, eps, thread, threads)
     if not single:
-        barrier(words, threads, spins)
+        _meet(clock, _PREPARE, words, threads, spins)
     if min(matrices[Q, CODE], matrices[K, CODE], matrices[V, CODE]) < _FLOATS:
         _quantise(mode, normed, matrices[Q, BLOCKS], tokens, single, tiles, thread, threads)
         if not single:
-            barrier(words, threads, spins)
+            _meet(clock, _PREPARE, words, threads, spins)
     _attention_inputs(mode, matrices, vectors, sizes, shared, own, tokens, single, tiles, normed, thread, threads)
-    barrier(words, threads, spins)
+    _meet(clock, _INPUTS, words, threads, spins)
     _rotate_and_cache(sizes, shared, layer, tokens, start, thread, threads)
-    barrier(words, threads, spins)
+    _meet(clock, _ROPE, words, threads, spins)
     _attention(sizes, shared, own, layer, tokens, start, thread, threads)
-    barrier(words, threads, spins)
+    _meet(clock, _ATTEND, words, threads, spins)
 
     mixed = shared[MIXED]
     if matrices[OUTPUT, CODE] < _FLOATS:
         _quantise(mode, mixed, matrices[OUTPUT, BLOCKS], tokens, single, tiles, thread, threads)
         if not single:
-            barrier(words, threads, spins)
+            _meet(clock, _PREPARE, words, threads, spins)
+    _lap(clock, _PREPARE)
     _add_product(
         mode, matrices[OUTPUT], sizes, tokens, single, tiles, mixed, scratch,
         shared[ATTENTION], shared[RESIDUAL], shared[MIDDLE], thread, threads,
     )  # fmt: skip
-    barrier(words, threads, spins)
+    _meet(clock, _OUTPUT, words, threads, spins)
 
     _norm_rows(shared[MIDDLE], vectors[POST_GAIN], normed, sizes, tokens, single, eps, thread, threads)
     if not single:
-        barrier(words, threads, spins)
+        _meet(clock, _PREPARE, words, threads, spins)
     if min(matrices[GATE, CODE], matrices[UP, CODE]) < _FLOATS:
         _quantise(mode, normed, matrices[GATE, BLOCKS], tokens, single, tiles, thread, threads)
         if not single:
-            barrier(words, threads, spins)
+            _meet(clock, _PREPARE, words, threads, spins)
+    _lap(clock, _PREPARE)
     width = sizes[INNER_WIDTH]
     first, stop = _share(matrices[GATE, PANELS], thread, threads)
     _multiply(mode, matrices[GATE], first, stop, tokens, single, tiles, normed, scratch, shared[GATED], width)
@@ -284,18 +316,19 @@ def _layer(
     for t in range(tokens):
         at = 4 * width * t
         swiglu(shared[GATED] + at, shared[UPPER] + at, shared[INNER] + at, first, stop)
-    barrier(words, threads, spins)
+    _meet(clock, _GATES, words, threads, spins)
 
     inner = shared[INNER]
     if matrices[DOWN, CODE] < _FLOATS:
         _quantise(mode, inner, matrices[DOWN, BLOCKS], tokens, single, tiles, thread, threads)
         if not single:
-            barrier(words, threads, spins)
+            _meet(clock, _PREPARE, words, threads, spins)
+    _lap(clock, _PREPARE)
     _add_product(
         mode, matrices[DOWN], sizes, tokens, single, tiles, inner, scratch,
         shared[SHRUNK], shared[MIDDLE], shared[RESIDUAL], thread, threads,
     )  # fmt: skip
-    barrier(words, threads, spins)
+    _meet(clock, _DOWN, words, threads, spins)
 
 
 @njit(**JIT)
@@ -341,6 +374,7 @@ def run_layers(
         thread: Which thread this is.
         threads: How many there are.
     """
+    vec.atomic_store(own[OWN_CLOCK], vec.now_ns())
     for layer in range(first, stop):
         _layer(
             mode, matrices[layer], vectors[layer], sizes, shared, own, eps,
@@ -386,16 +420,19 @@ def run_head(
         thread: Which thread this is.
         threads: How many there are.
     """
+    clock = own[OWN_CLOCK]
+    vec.atomic_store(clock, vec.now_ns())
     x = shared[RESIDUAL] + 4 * sizes[HIDDEN_WIDTH] * skip
     normed = own[OWN_NORMED] if single else shared[NORMED]
     tiles = own[OWN_TILE] if single else shared[TILES]
     _norm_rows(x, gain, normed, sizes, tokens, single, eps, thread, threads)
     if not single:
-        barrier(words, threads, spins)
+        _meet(clock, _PREPARE, words, threads, spins)
     if head[CODE] < _FLOATS:
         _quantise(mode, normed, head[BLOCKS], tokens, single, tiles, thread, threads)
         if not single:
-            barrier(words, threads, spins)
+            _meet(clock, _PREPARE, words, threads, spins)
+    _lap(clock, _PREPARE)
     first, stop = _share(head[PANELS], thread, threads)
     _multiply(mode, head, first, stop, tokens, single, tiles, normed, own[OWN_SCRATCH], logits, 16 * head[PANELS])
-    barrier(words, threads, spins)
+    _meet(clock, _HEAD, words, threads, spins)

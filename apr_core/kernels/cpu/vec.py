@@ -437,5 +437,20 @@ atomic_store = _define(
     types.void, (_address, types.int64), lambda b, at, v: b.store_atomic(v, _pointer(b, at, _I64), "release", 8)
 )
 """Write an aligned int64 for another thread to read; what was written before is visible to it."""
+
+
+def _now(builder: Any) -> Any:
+    """Read the monotonic clock by ``clock_gettime``: seconds and nanoseconds in a pair of int64."""
+    with builder.goto_entry_block():  # one place on the stack, also for a call in a loop
+        pair = builder.alloca(ir.ArrayType(_I64, 2))
+    address = builder.ptrtoint(pair, _I64)
+    _call(builder, "clock_gettime", _I32, ir.Constant(_I32, 1), address)
+    seconds = _load(builder, address, _I64)
+    rest = _load(builder, builder.add(address, ir.Constant(_I64, 8)), _I64)
+    return builder.add(builder.mul(seconds, ir.Constant(_I64, 10**9)), rest)
+
+
+now_ns = _define(types.int64, (), _now)
+"""Nanoseconds of the monotonic clock (POSIX ``clock_gettime``)."""
 give_way = _define(types.int32, (), lambda b: _call(b, "sched_yield", _I32))
 """Let another thread have this core (POSIX ``sched_yield``)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -234,3 +235,19 @@ def test_asking_for_a_path_does_not_load_numba() -> None:
     """`apr --help` and reports stay light."""
     script = "import sys, apr_core.kernels.cpu.features as f; f.available_paths(); assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@njit
+def _clock() -> tuple[int, int]:
+    return vec.now_ns(), vec.now_ns()
+
+
+def test_the_clock_is_the_monotonic_one() -> None:
+    """In nanoseconds, between two readings of Python's."""
+    before = time.monotonic_ns()
+    first, second = _clock()
+    _clock()
+    assert first <= second
+    before = time.monotonic_ns()
+    first, second = _clock()
+    assert before <= first <= second <= time.monotonic_ns()

@@ -1,0 +1,201 @@
+"""The meter of throughput: what is timed, what is thrown away, and tokens that void a rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apr_core.bench import throughput
+from apr_core.bench.claimed import judge_claim, parse_claim
+from apr_core.bench.profile import profile_model
+from apr_core.bench.roofline import StreamBandwidth
+from apr_core.bench.throughput import Plan, couple, measure, private_bytes, use_threads, warm_up
+from apr_core.bench.versus import Comparison, coupling_limit, interleave
+from apr_core.contract.admit import Admission, admit
+from apr_core.engines.load import build
+from apr_core.errors import UsageError
+from apr_core.falsify.verdict import Verdict
+from apr_core.model.trace import TracedForward
+from apr_core.peers.rates import Rates
+
+PLAN = Plan(prefill=16, decode=5, repeats=3, contexts=(20,), steps=2)
+
+
+@pytest.fixture(scope="module")
+def admission(pygmy: Path) -> Admission:
+    """The bundled model."""
+    return admit(pygmy)
+
+
+@pytest.fixture(scope="module")
+def fast(admission: Admission) -> TracedForward:
+    """Its compiled engine."""
+    return build(admission, precision="speed")
+
+
+@pytest.fixture(scope="module")
+def prompt() -> np.ndarray:
+    """Sixteen drawn tokens."""
+    return np.random.default_rng(0).integers(0, 1000, 16)
+
+
+def test_every_sample_is_kept_and_every_token(fast: TracedForward, prompt: np.ndarray) -> None:
+    """Per repeat one prompt, one first token, and a step for each token behind it."""
+    turns: list[int] = []
+    timed = measure(fast, prompt, PLAN, threads=1, between=lambda: turns.append(1))
+    assert (timed.prefill.n, timed.ttft.n, timed.steps.n) == (3, 3, 12)
+    assert (timed.ttft.seconds >= timed.prefill.seconds).all()
+    assert [len(made) for made in timed.tokens] == [5, 5, 5]
+    assert len(set(timed.tokens)) == 1
+    assert timed.at_context[20].n == 2
+    assert len(turns) == 3
+    assert timed.threads == 1
+    assert timed.private_bytes
+    body = timed.figures()
+    low, high = body["decode_tok_s_interval"]
+    assert low <= body["decode_tok_s"] <= high
+    assert body["tpot_p99_s"] <= timed.steps.maximum
+    assert float(timed.steps.seconds.sum()) <= timed.wall_s
+
+
+def test_warm_up_ends_when_two_runs_agree() -> None:
+    """Compilation and cold pages make the first runs slow; a machine that never settles is given up on."""
+    readings = iter([0, 100, 100, 120, 120, 131, 131, 142, 142, 999])
+    assert warm_up(lambda: None, lambda: next(readings)) == pytest.approx((1e-7, 2e-8, 1.1e-8, 1.1e-8))
+    wild = iter(2**n for n in range(40))
+    assert len(warm_up(lambda: None, lambda: next(wild))) == 6
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (Plan(prefill=0), "an empty one"),
+        (Plan(decode=1), "2 tokens and 1 repeat"),
+        (Plan(repeats=0), "2 tokens and 1 repeat"),
+        (Plan(prefill=4000, decode=100), "at most 4096 positions .* found 4100"),
+        (Plan(contexts=(5000,)), "found 5008"),
+    ],
+)
+def test_what_a_model_cannot_hold_is_refused(plan: Plan, said: str) -> None:
+    """Before anything runs."""
+    with pytest.raises(UsageError, match=said):
+        plan.require(4096)
+
+
+def test_threads_are_set_where_a_backend_can_be_told(fast: TracedForward, admission: Admission) -> None:
+    """The compiled engine refuses more than there are cores; torch takes its own; others say None."""
+    assert use_threads(fast, 1) == 1
+    with pytest.raises(UsageError, match="cores of this process"):
+        use_threads(fast, 10_000)
+    reference = build(admission)
+    assert use_threads(reference, 1) == 1
+
+    class Other:
+        backend = "other"
+
+    assert use_threads(Other(), 1) is None  # type: ignore[arg-type]
+
+
+def test_memory_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Counted where the system tells, and None where it does not."""
+    before = private_bytes()
+    assert before is not None
+    held = np.ones(30_000_000, np.uint8)
+    after = private_bytes()
+    assert after is not None
+    assert after - before >= 0.9 * held.nbytes
+    monkeypatch.setattr(throughput, "Path", lambda _: tmp_path / "absent")
+    assert private_bytes() is None
+
+
+def test_coupling_counts_wrong_tokens_and_nothing(admission: Admission, prompt: np.ndarray) -> None:
+    """Right tokens pass, a constant one does not, and an empty output compares nothing."""
+    reference, limit = coupling_limit(admission, "exact")
+    timed = measure(reference, prompt, Plan(16, 6, 1))
+    assert couple(reference, prompt, timed.tokens[0], limit) == ([], 6)
+    wrong, compared = couple(reference, prompt, (7,) * 6, limit)
+    assert (compared, len(wrong)) == (6, 6)
+    assert couple(reference, prompt, (), limit) == ([], 0)
+
+
+def test_the_limit_of_speed_is_what_rounding_costs_the_reference(admission: Admission) -> None:
+    """Measured on this model, and far from excusing everything."""
+    _, limit = coupling_limit(admission, "speed")
+    assert coupling_limit(admission, "exact")[1] < limit < 0.2
+
+
+class _Peer:
+    name, build, features = "other", "other 1", "AVX512 = 1"
+
+    def __init__(self, fair: bool) -> None:
+        self.fair = fair
+
+    def round(self, threads: int, prompt: list[int], tokens: int) -> Rates:
+        """As fast as it says."""
+        return Rates(100.0 * len(prompt), 10.0 * tokens, "random")
+
+
+def test_peers_take_turns_with_the_candidate(fast: TracedForward, prompt: np.ndarray) -> None:
+    """A ratio per round; none for a peer that is not fair."""
+    run = interleave(fast, prompt, PLAN, threads=1, peers=[_Peer(True), _Peer(False)], elements=1)
+    body = run.body()
+    fair, unfair = body["peers"]
+    assert fair["samples"]["decode_tok_s"] == [50.0, 50.0, 50.0]
+    steps = run.timed.steps.seconds.reshape(3, -1)
+    assert fair["decode_ratio"] == pytest.approx(np.median(1 / np.median(steps, axis=1)) / 50)
+    assert (unfair["decode_ratio"], unfair["prefill_ratio"]) == (None, None)
+    assert body["share_of_ceiling"] == pytest.approx(
+        run.timed.decode_tok_s * fast.bytes_per_token / 1e9 / run.read_gb_s  # type: ignore[attr-defined]
+    )
+    assert len(run.bandwidth) == 12
+
+
+def test_a_rate_above_the_ceiling_refutes_the_meter(fast: TracedForward, prompt: np.ndarray) -> None:
+    """By more than the spread of the ceiling; within it, it does not."""
+    timed = measure(fast, prompt, PLAN, threads=1)
+    at = timed.decode_tok_s * 1000 / 1e9
+    assert Comparison(timed, 1, 1000, np.array([at, at, at]), []).meter == ""
+    assert Comparison(timed, 1, 1000, np.array([0.5 * at, 0.95 * at, 0.9 * at]), []).meter == ""
+    assert "1.25 of the ceiling" in Comparison(timed, 1, 1000, np.array([0.8, 0.8, 0.8]) * at, []).meter
+
+
+def test_claims_are_read_and_judged() -> None:
+    """The ceiling is the first argument; wrong tokens leave a claim undecided; a slow time refutes one of speed."""
+    assert parse_claim("decode_tok_s=285.5") == ("decode_tok_s", 285.5)
+    for bad in ("decode_tok_s", "decode_tok_s=fast", "speed=3", "ttft_s=-1", "ttft_s=inf"):
+        with pytest.raises(UsageError, match="expected --claim"):
+            parse_claim(bad)
+
+    def judged(metric: str, claimed: float, right: bool = True) -> tuple[Verdict, str]:
+        found = judge_claim(metric, claimed, 20.0, (19.0, 21.0), read_gb_s=30.0, read_bytes=10**9, tokens_right=right)
+        return found.verdict, found.reason
+
+    assert judged("decode_tok_s", 285.5) == (
+        Verdict.FALSIFIED,
+        "285.5 tok/s needs 286 GB/s; this machine reads 30",
+    )
+    assert judged("decode_tok_s", 25.0)[0] is Verdict.FALSIFIED
+    assert judged("decode_tok_s", 20.5) == (Verdict.CORROBORATED, "")
+    assert judged("decode_tok_s", 10.0, right=False)[0] is Verdict.INCONCLUSIVE
+    assert judged("ttft_s", 25.0)[0] is Verdict.CORROBORATED
+    assert judged("ttft_s", 10.0)[0] is Verdict.FALSIFIED
+
+
+def test_a_profile_splits_the_time(fast: TracedForward, admission: Admission) -> None:
+    """Every phase, the types that are read, and the ceiling."""
+    body = profile_model(fast, admission, Plan(8, 3, 1), threads=1)
+    assert [row["phase"] for row in body["phases"]][-2:] == ["head", "waiting"]
+    assert body["types"] == [{"type": "BF16", "matrices": 15, "bytes_per_token": fast.bytes_per_token}]  # type: ignore[attr-defined]
+    assert 0 < body["gb_s"] < 2 * body["ceiling_gb_s"]
+    plain = profile_model(build(admission), admission, Plan(8, 2, 1), threads=1)
+    assert (plain["phases"], plain["types"], plain["fallbacks"]) == ([], [], [])
+
+
+def test_a_small_buffer_is_read_faster_than_it_is_long() -> None:
+    """Samples of a tiny buffer are made of many passes, so that they can be timed."""
+    ceiling = StreamBandwidth(10, 1)
+    ceiling.sample()
+    assert len(ceiling.samples) == 3
+    assert min(ceiling.samples) > 0.1
