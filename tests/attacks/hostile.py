@@ -211,7 +211,7 @@ SHARD = b'{"sharding": {"shard_index": %d, "shard_count": %d}}'
 ZSTD_BOMB = struct.pack("<IBB", 0xFD2FB528, 0, 0x38) + b"".join(
     ((1 << 17) << 3 | 1 << 1 | (n == 599)).to_bytes(3, "little") + b"\0" for n in range(600)
 )
-ZSTD_WINDOW = struct.pack("<IBB", 0xFD2FB528, 0, 0xA8) + b"\1\0\0"  # asks for a window of 2 GiB
+ZSTD_WINDOW = struct.pack("<IBB", 0xFD2FB528, 0, 0x88) + b"\1\0\0"  # asks for 128 MiB, which the library would grant
 ZSTD_SIZE = struct.pack("<IBBQ", 0xFD2FB528, 0xC0, 0x38, 2**62) + b"\1\0\0"
 LZ4_BOMB = struct.pack("<I", 2**31) + b"\x1f\0\1\0" + b"\xff" * 300 + b"\0\x50abcde"
 PACKED = {"lz4": apr_packed(VALID_APR, 0x0401), "zstd": apr_packed(VALID_APR, 0x0402)}

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from apr_core.errors import AprError
-from apr_core.formats.checkpoint import open_checkpoint
+from apr_core.formats.checkpoint import open_checkpoint, read_companion
 
 SECONDS, MEGABYTES = 1.0, 100
 
@@ -90,6 +90,8 @@ def main() -> None:
             folder.mkdir()
             target = build(folder)
             found[build.__name__] = tried(partial(open_checkpoint, target))
+        path.write_bytes(b"{}")
+        found["healthy-companion"] = tried(partial(read_companion, path))
     # What the limits are for: all must be noticed, or nothing above means anything.
     found["control-memory"] = tried(lambda: bytearray((MEGABYTES + 10) << 20))
     found["control-time"] = tried(_busy)

@@ -61,6 +61,7 @@ def test_folders_are_refused_by_name(build: Callable[[Path], Path], tmp_path: Pa
 
 def test_the_limits_bite(measured: dict[str, tuple[str, float]]) -> None:
     """An allocation just above the limit fails there, a tenth of a second too much is seen, and a hang is ended."""
+    assert measured["healthy-companion"][0] == "opened"
     assert measured["control-memory"][0] == "MemoryError", MEGABYTES
     assert measured["control-time"][1] > SECONDS
     assert measured["control-hang"] == ["TimeoutError", pytest.approx(0, abs=0.2)]
