@@ -124,7 +124,8 @@ class ContractViolation(AprError):
         # what leaves nothing to run cannot be waived, so the bypass is named only where it helps
         waivable = all(getattr(v, "waivable", False) for v in violations)
         super().__init__(
-            f"{subject} has {count} contract violation{'s' * (count != 1)} in {tensors} tensor{'s' * (tensors != 1)}:"
+            f"{subject} is refused by the contract, {count} violation{'s' * (count != 1)} in "
+            f"{tensors} tensor{'s' * (tensors != 1)}:"
             f"\n  {listed}\n",
             advice=f"see all with `apr validate {subject}`, or get a fresh copy of the file"
             + (" (--skip-contract runs it in spite of them, and marks what comes out)" if waivable else ""),

@@ -80,7 +80,9 @@ class Failed:
 def test_contract_violation_carries_all_and_counts_tensors() -> None:
     """Every violation is shown at once; two in one tensor count once among tensors."""
     error = ContractViolation("m.apr", [Failed("a"), Failed("a"), Failed("b")])
-    assert error.message.startswith("m.apr has 3 contract violations in 2 tensors:\n  gate a\n  gate a\n  gate b")
+    assert error.message.startswith(
+        "m.apr is refused by the contract, 3 violations in 2 tensors:\n  gate a\n  gate a\n  gate b"
+    )
     assert [str(v) for v in error.violations] == ["gate a", "gate a", "gate b"]
     assert "apr validate" in str(error)
 

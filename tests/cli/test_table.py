@@ -108,8 +108,8 @@ def test_every_action_refuses_a_corrupt_model(
     assert main(words_of(path, given, tmp_path)) == 5
     out, err = capsys.readouterr()
     assert out == ""
-    assert f"error: {refused} has " in err or f"error: {refused}/model.safetensors has " in err
-    assert "contract violations in 2 tensors" in err
+    assert f"error: {refused}/model.safetensors is refused by the contract, " in err
+    assert " violations in 2 tensors" in err
     assert "[F-DATA-QUALITY-002] tensor model.layers.1.mlp.down_proj.weight: 3 NaN" in err
     assert "`apr validate " in err
     assert list(tmp_path.iterdir()) == []
@@ -152,8 +152,8 @@ def test_every_diagnostic_reads_a_corrupt_model(
     code = main([*path.split(), *asked] if asked else words_of(path, models, tmp_path))
     out, err = capsys.readouterr()
     assert code in (0, 5, 11), err
-    assert out.strip() or "contract violations in 2 tensors" in err
-    assert "error: " not in err.replace(f"error: {refused}/model.safetensors has ", "")
+    assert out.strip() or " violations in 2 tensors" in err
+    assert "error: " not in err.replace(f"error: {refused}/model.safetensors is refused by the contract", "")
 
 
 def _empty(at: Path) -> None:
