@@ -51,10 +51,13 @@ bench:  ## MODEL (pygmy) against its ceiling, with intervals; PEERS="--peer llam
 bench-reference:  ## tokens per second of the reference against the machine's ceiling
 	$(PY)python benchmarks/bench_reference.py
 
+bench-gate:  ## the gate's one pass against the machine's read bandwidth, and its starts
+	$(PY)python benchmarks/bench_gate.py
+
 test-browser:  ## the last report and the notebooks in a real browser
 	$(PY)pytest -q -m browser tests/browser
 
 clean:  ## caches
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
-.PHONY: help setup fmt lint types layers test attacks attacks-long notebooks report size check slow bench bench-reference test-browser clean
+.PHONY: help setup fmt lint types layers test attacks attacks-long notebooks report size check slow bench bench-gate bench-reference test-browser clean
