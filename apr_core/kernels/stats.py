@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from math import inf
 
 import numpy as np
@@ -102,21 +103,8 @@ def _stripes(data: Bytes, first: int) -> Lanes:
 
 
 def fold_lanes(lanes: Lanes, nbytes: int) -> str:
-    """Fold the eight lanes and the length of the tensor into 32 hexadecimal digits."""
-    halves = []
-    for seed in (0, KEY_STEP):
-        state = _mix(nbytes ^ seed)
-        for lane in lanes.tolist():
-            state = _mix((state + KEY_STEP & _MASK) ^ lane)
-        halves.append(state)
-    return "".join(f"{half:016x}" for half in halves)
-
-
-def _mix(word: int) -> int:
-    """Spread every bit of a 64-bit word over all of them; one to one. Source: the finaliser of SplitMix64 (Vigna)."""
-    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & _MASK
-    return word ^ (word >> 31)
+    """Fold the eight lanes and the length of the tensor into 32 hexadecimal digits (BLAKE2b of 128 bits)."""
+    return blake2b(lanes.astype("<u8").tobytes() + nbytes.to_bytes(8, "little"), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

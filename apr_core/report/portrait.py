@@ -91,7 +91,7 @@ def plot_limits(rows: Rows) -> Figure | None:
             alt=f"{len(names)} gates at their limits: {refused} of {len(rows)} tensors are refused, those beyond.",
             caption="A value equal to its limit passes. Were a gate off by one, or its comparison the wrong way round, "
             "a cross would stand at or inside the limit, or a dot beyond it.",
-            left=2.75,
+            left=2.85,
             right=0.95,
         )
 
@@ -151,7 +151,7 @@ def _gate_name(row: Mapping[str, Any]) -> str:
 def _wide_scale(ax: Axes, largest: float) -> None:
     """Values around zero and large ones on one axis; ticks in plain digits, as the style draws no powers."""
     ax.set_xscale("symlog", linthresh=0.1)
-    powers = [0.1 * 10**n for n in range(8) if 0.1 * 10 ** (n - 1) < largest][-2:]
+    powers = [0.1 * 10**n for n in range(9) if n == 0 or 0.1 * 10**n <= largest][-2:]
     ticks = [*(-value for value in reversed(powers)), 0, *powers]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()

@@ -57,6 +57,11 @@ def by_role(subject: Subject) -> list[Row]:
     return rows
 
 
+def zero_limits() -> list[float]:
+    """Return the shares of zeros that gates allow, in percent."""
+    return sorted({gate.threshold for gate in load_gates().gates if gate.rule == "zero_percent"})
+
+
 def at_the_limits() -> list[Row]:
     """
     Put a tensor one step inside, at, and one step beyond the limit of every gate that judges values.

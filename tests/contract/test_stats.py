@@ -84,7 +84,13 @@ def test_cutting_changes_nothing(dtype: str, monkeypatch: pytest.MonkeyPatch) ->
     """The same tensor in pieces of one row and in one piece has the same counts and digest, and to rounding moments."""
     values = (np.random.default_rng(2).standard_normal((50, 96)) + 5).astype(np.float32)
     values[3, 4], values[40, 1], values[7] = np.nan, np.inf, 0
-    raw = raw_of(dtype, codecs.encode(values, FORMATS[dtype]), values.shape)
+    broken = values if dtype != "Q8_0" else np.nan_to_num(values, posinf=1)  # the encoder refuses what is not finite
+    stored = codecs.encode(broken, FORMATS[dtype])
+    if dtype == "Q8_0":
+        stored.reshape(-1, 34)[[10, 121], :2] = np.frombuffer(np.array([np.nan, np.inf], np.float16), np.uint8).reshape(
+            2, 2
+        )
+    raw = raw_of(dtype, stored, values.shape)
     whole = measure(raw, spot_rows=True)
     for name, small in (("CHUNK", 96), ("PIECE", 1), ("_CHUNKS", 1)):
         monkeypatch.setattr(stats_module, name, small)

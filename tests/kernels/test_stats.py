@@ -83,5 +83,5 @@ def test_flipped_signs_do_not_cancel() -> None:
 
 def test_it_is_pinned() -> None:
     """Receipts on disk hold digests: a change of the definition must be seen."""
-    assert digest(np.arange(200, dtype=np.uint8)) == "188fc7fd594e68f9f3816a9f0551628a"
-    assert digest(np.zeros(0, np.uint8)) == "7f4081eef340e920d49ab4f66b5a577c"
+    assert digest(np.arange(200, dtype=np.uint8)) == "ea0800ecfd7a3918147b7f0aa2db8398"
+    assert digest(np.zeros(0, np.uint8)) == "8e9264a70abb15b6d8958b422fc7ed48"
