@@ -7,6 +7,7 @@ Types that the engines have kernels for are decoded by `blocks`, our own code; t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
@@ -17,6 +18,9 @@ from apr_core.errors import UsageError
 from apr_core.formats import blocks, encoders
 from apr_core.formats.bounds import step_bound as step_bound
 from apr_core.formats.checkpoint import RawTensor
+
+Decoder = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+Encoder = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 
 _CASTS = {
     "F32": "<f4",
@@ -94,6 +98,16 @@ def decode_rows(raw: RawTensor, start: int, stop: int) -> NDArray[np.float32]:
     Raises:
         UsageError: The type is not laid out by rows (AprQ4, AprQ8), or the rows do not exist.
     """
+    return decode_bytes(*rows_of(raw, start, stop))
+
+
+def rows_of(raw: RawTensor, start: int, stop: int) -> tuple[QuantFormat, NDArray[np.uint8], tuple[int, int]]:
+    """
+    Return type, stored bytes and shape of rows ``start`` to ``stop``.
+
+    Raises:
+        UsageError: As `decode_rows` does.
+    """
     shape, dtype = raw.info.shape, raw.info.dtype
     rows, columns = (prod(shape[:-1]), shape[-1]) if shape else (1, 1)
     if dtype.layout != "row" or not 0 <= start <= stop <= rows:
@@ -103,10 +117,12 @@ def decode_rows(raw: RawTensor, start: int, stop: int) -> NDArray[np.float32]:
             advice="decode the whole tensor",
         )
     width = dtype.nbytes((columns,))
-    return decode_bytes(dtype, raw.data[start * width : stop * width], (stop - start, columns))
+    return dtype, raw.data[start * width : stop * width], (stop - start, columns)
 
 
-def decode_bytes(dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
+def decode_bytes(
+    dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int, ...], *, many: Decoder | None = None
+) -> NDArray[np.float32]:
     """
     Decode the bytes of a tensor of the given type and shape.
 
@@ -114,6 +130,7 @@ def decode_bytes(dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int, 
         dtype: Element type.
         data: uint8 [nbytes]; exactly ``dtype.nbytes(shape)`` of them.
         shape: Row-major shape; the last axis of row-laid block types may be padded to whole blocks in ``data``.
+        many: A faster decoder of any number of blocks of this type, for `kernels.codecs`.
 
     Raises:
         UsageError: The number of bytes does not fit the shape.
@@ -139,12 +156,12 @@ def decode_bytes(dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int, 
             values: NDArray[np.float32] = data[4:].view(np.int8).astype(np.float32)
             values *= data[:4].view("<f4")
             return values.reshape(shape)
-        return _decode_blocks(dtype, data, shape)
+        stored = data.reshape(-1, dtype.block_bytes)
+        return _cut_padding(_decode_runs(dtype, stored) if many is None else many(stored), dtype, shape)
 
 
-def _decode_blocks(dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Decode block types a cache-sized run at a time, then cut the padding off each row (or off the flat stream)."""
-    stored = data.reshape(-1, dtype.block_bytes)
+def _decode_runs(dtype: QuantFormat, stored: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Decode blocks a cache-sized run at a time: [n, block_elements]."""
     values = np.empty((stored.shape[0], dtype.block_elements), dtype=np.float32)
     decoder = blocks.DECODERS.get(dtype.name)
     step = max(1, _CHUNK_BYTES // dtype.block_bytes)
@@ -156,6 +173,11 @@ def _decode_blocks(dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int
             from apr_core.formats.foreign import decode_foreign
 
             values[start : start + step] = decode_foreign(dtype, run)
+    return values
+
+
+def _cut_padding(values: NDArray[np.float32], dtype: QuantFormat, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Cut the padding off each row (or off the flat stream) of decoded blocks."""
     count = prod(shape)
     if dtype.layout == "flat" or not shape:
         return values.reshape(-1)[:count].reshape(shape)
@@ -165,11 +187,16 @@ def _decode_blocks(dtype: QuantFormat, data: NDArray[np.uint8], shape: tuple[int
     return np.ascontiguousarray(values.reshape(rows, -1)[:, : shape[-1]]).reshape(shape)
 
 
-def encode(values: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np.uint8]:
+def encode(values: NDArray[np.float32], dtype: QuantFormat, *, many: Encoder | None = None) -> NDArray[np.uint8]:
     """
     Encode float32 values as F32, F16, BF16 or one of the block types of `WRITABLE`.
 
     F16 and BF16 round to nearest even. What is too large for F16 becomes infinite: the caller decides what that means.
+
+    Args:
+        values: Any shape.
+        dtype: The type.
+        many: A faster encoder of any number of blocks of this type, for `kernels.codecs`.
 
     Returns:
         uint8 [dtype.nbytes(values.shape)].
@@ -189,15 +216,17 @@ def encode(values: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np.uint8]
         raise UsageError(f"{dtype} cannot be written", advice=f"use one of {', '.join(WRITABLE)}")
     _require_encodable(values, dtype)
     with np.errstate(all="ignore"):  # reciprocals of denormal scales are infinite, and their codes zero
-        return _encode_blocks(values, dtype)
+        return _encode_blocks(values, dtype, many)
 
 
-def _encode_blocks(values: NDArray[np.float32], dtype: QuantFormat) -> NDArray[np.uint8]:
+def _encode_blocks(values: NDArray[np.float32], dtype: QuantFormat, many: Encoder | None) -> NDArray[np.uint8]:
     if dtype.name == "AprQ8":
         return encoders.encode_apr_q8(values)
     if dtype.layout == "flat":
         values = np.pad(values.reshape(-1), (0, -values.size % dtype.block_elements))
     stored, encoder = values.reshape(-1, dtype.block_elements), encoders.ENCODERS[dtype.name]
+    if many is not None:
+        return many(stored).reshape(-1)
     out = np.empty((stored.shape[0], dtype.block_bytes), dtype=np.uint8)
     step = max(1, _CHUNK_BYTES // dtype.block_elements)  # the search of a K-quant holds some twenty arrays of a run
     for start in range(0, stored.shape[0], step):

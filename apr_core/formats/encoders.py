@@ -111,9 +111,9 @@ def encode_q6_k(values: Floats) -> Bytes:
     dead = np.abs(top) < _GROUP_EPS
     inverse = np.where(dead, np.float32(0), np.float32(-128) / np.where(dead, np.float32(1), top)).astype(np.float32)
     stored = np.where(dead, np.float32(0), np.float32(1) / np.where(dead, np.float32(1), inverse)).astype(np.float16)
-    grid = np.minimum(127, _nearest(inverse[:, None] * scale)).astype(np.int8)
+    grid = _codes(inverse[:, None] * scale, -128, 127).astype(np.int8)
     step = (stored.astype(np.float32)[:, None] * grid.astype(np.float32)).reshape(1, -1)
-    again = _nearest(parts / np.where(step == 0, np.float32(1), step)).clip(-32, 31) + 32
+    again = _codes(parts / np.where(step == 0, np.float32(1), step), -32, 31) + 32
     codes = np.where(step == 0, codes, again)
     codes = np.where(np.repeat(dead, 16)[None, :], 0, codes)
     rows = codes.T.astype(np.uint8).reshape(count, 2, 4, 32)
@@ -131,12 +131,12 @@ def _super_block(values: Floats, *, largest: int, first: float, steps: int) -> t
     scale, minimum, codes = _search_scale_and_minimum(parts, weights, largest, first, steps)
     scale, minimum = scale.reshape(count, 8), minimum.reshape(count, 8)
     top, deepest = scale.max(axis=1, initial=0), minimum.max(axis=1, initial=0)
-    grid = np.minimum(63, _nearest(_per(63, top)[:, None] * scale)).astype(np.uint8)
-    floor = np.minimum(63, _nearest(_per(63, deepest)[:, None] * minimum)).astype(np.uint8)
+    grid = _codes(_per(63, top)[:, None] * scale, 0, 63).astype(np.uint8)
+    floor = _codes(_per(63, deepest)[:, None] * minimum, 0, 63).astype(np.uint8)
     d, dmin = (top / np.float32(63)).astype(np.float16), (deepest / np.float32(63)).astype(np.float16)
     step = (d.astype(np.float32)[:, None] * grid.astype(np.float32)).reshape(1, -1)
     offset = (dmin.astype(np.float32)[:, None] * floor.astype(np.float32)).reshape(1, -1)
-    again = _nearest((parts + offset) / np.where(step == 0, np.float32(1), step)).clip(0, largest)
+    again = _codes((parts + offset) / np.where(step == 0, np.float32(1), step), 0, largest)
     codes = np.where(step == 0, codes, again)
     head = np.concatenate([d[:, None].view(np.uint8), dmin[:, None].view(np.uint8), pack_six_bits(grid, floor)], axis=1)
     return head, codes.T.astype(np.uint8).reshape(count, 256)
@@ -157,7 +157,7 @@ def pack_six_bits(scale: Bytes, minimum: Bytes) -> Bytes:
 
 def _search_scale_and_minimum(
     x: Floats, weights: Floats, largest: int, first: float, steps: int
-) -> tuple[Floats, Floats, NDArray[np.int32]]:
+) -> tuple[Floats, Floats, Floats]:
     """
     Find scale and minimum of each column that leave the least weighted square error.
 
@@ -193,7 +193,7 @@ def _search_scale_and_minimum(
             better = (determinant > 0) & (error < best)
             best, scale = np.where(better, error, best), np.where(better, new_scale, scale)
             low, codes = np.where(better, new_low, low), np.where(better, tried, codes)
-    return np.where(flat, np.float32(0), scale), np.abs(low), np.where(flat, 0, codes).astype(np.int32)
+    return np.where(flat, np.float32(0), scale), np.abs(low), _codes(np.where(flat, 0, codes), 0, largest)
 
 
 def _search_scale(x: Floats, half_range: int) -> tuple[Floats, NDArray[np.int32]]:
@@ -254,6 +254,12 @@ def _nearest(values: NDArray[Any]) -> Floats:
     """Round half to even, as adding and subtracting 1.5 * 2^23 does in the reference."""
     rounded: Floats = np.rint(values)
     return rounded
+
+
+def _codes(values: NDArray[Any], low: int, high: int) -> Floats:
+    """Round to codes from ``low`` to ``high``; 0 where a denormal range made NaN, which casts differ about."""
+    rounded = np.clip(_nearest(values), low, high)
+    return np.where(np.isnan(rounded), np.float32(0), rounded)
 
 
 def _half_away(values: NDArray[Any]) -> Floats:

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 # Modules that register kernels when they are imported.
-MODULES: tuple[str, ...] = ("apr_core.kernels.cpu.register", "apr_core.kernels.cpu.scan")
+MODULES: tuple[str, ...] = (
+    "apr_core.kernels.cpu.register",
+    "apr_core.kernels.cpu.scan",
+    "apr_core.kernels.cpu.decode",
+    "apr_core.kernels.cpu.encode",
+)
 
 
 @dataclass(frozen=True)

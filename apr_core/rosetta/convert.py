@@ -24,10 +24,11 @@ from apr_core.errors import LoadError, Unavailable, UsageError
 from apr_core.formats.apr import write_apr
 from apr_core.formats.architectures import load_architectures
 from apr_core.formats.checkpoint import Checkpoint, TensorInfo, TensorSource, open_checkpoint
-from apr_core.formats.codecs import decode, decode_rows, encode, round_to
+from apr_core.formats.codecs import round_to
 from apr_core.formats.gguf import write_gguf
 from apr_core.formats.recipes import RECIPES, tensor_type
 from apr_core.formats.safetensors import write_safetensors
+from apr_core.kernels.codecs import decode, decode_rows, encode
 from apr_core.rosetta import carry
 from apr_core.rosetta.place import placing
 

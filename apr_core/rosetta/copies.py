@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from apr_core.errors import ContractViolation, FormatError, InferenceError, LoadError, UsageError
 from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
-from apr_core.formats.codecs import decode
+from apr_core.kernels.codecs import decode
 from apr_core.rosetta.convert import CONTAINERS, convert, lossless, named
 from apr_core.rosetta.diff import TensorDiff, compare_tensors, unreadable
 from apr_core.rosetta.identity import CORPUS
