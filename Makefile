@@ -48,6 +48,9 @@ bench:  ## MODEL (pygmy) against its ceiling, with intervals; PEERS="--peer llam
 	$(PY)python -m apr_core bench $(or $(MODEL),pygmy) --context 128,1024 $(PEERS) \
 	  --out reports/bench-$$(date +%Y%m%d-%H%M%S).json
 
+bench-formats:  ## opening, encoding and decoding against the field's own, in ratios
+	$(PY)python benchmarks/bench_formats.py
+
 bench-reference:  ## tokens per second of the reference against the machine's ceiling
 	$(PY)python benchmarks/bench_reference.py
 
@@ -60,4 +63,4 @@ test-browser:  ## the last report and the notebooks in a real browser
 clean:  ## caches
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
-.PHONY: help setup fmt lint types layers test attacks attacks-long notebooks report size check slow bench bench-gate bench-reference test-browser clean
+.PHONY: help setup fmt lint types layers test attacks attacks-long notebooks report size check slow bench bench-formats bench-gate bench-reference test-browser clean
