@@ -19,6 +19,7 @@ from apr_core.errors import Exit
 # A fixture is the words of a call: HEALTHY and BROKEN are copies of the bundled model, OUT a new path, and a dot and a
 # suffix behind OUT make a file of that format; TORN is cut in the middle.
 QUICK = ("-n", "4")
+SHORT = ("--prefill", "16", "--decode", "4", "--repeats", "2", "--threads", "1")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ TOOLS: tuple[Tool, ...] = (
     Tool("serve", "serve"),
     Tool("inspect", "inspect", ("BROKEN",), ("TORN",), int(Exit.FORMAT)),
     Tool("validate", "validate", ("HEALTHY",), ("BROKEN",)),
-    Tool("bench", "bench", ("HEALTHY",), ("BROKEN",)),
+    Tool("bench", "bench", ("HEALTHY", *SHORT), ("BROKEN",)),
     Tool("profile", "profile", ("HEALTHY",), ("BROKEN",)),
     Tool("trace", "trace", ("HEALTHY",), ("BROKEN",)),
     Tool("check", "check", ("HEALTHY",), ("BROKEN",)),

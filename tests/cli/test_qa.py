@@ -20,7 +20,7 @@ from apr_core.engines.subject import obtain
 from apr_core.engines.wrap import wrap
 from apr_core.errors import InferenceError
 from apr_core.model.tokens import prepare_tokens
-from apr_core.peers import ollama
+from apr_core.peers import rates
 
 Body = dict[str, Any]
 QUICK = ["--iterations", "1", "-n", "4"]
@@ -316,12 +316,17 @@ class _Answers(BaseHTTPRequestHandler):
     rate = 100.0
 
     def do_GET(self) -> None:
-        self._say({"models": [{"name": "tiny:latest"}]})
+        self._say({"version": "0"})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/api/show":
+            sizes = {"tiny": 1_837_312, "large": 7_000_000_000}
+            self._say({"model_info": {"general.parameter_count": sizes[asked["model"]]}})
+            return
         assert asked["options"]["temperature"] == 0
-        self._say({"eval_count": 100, "eval_duration": int(1e11 / self.rate) if self.rate else 0})
+        took = int(1e11 / self.rate) if self.rate else 0
+        self._say({"eval_count": 100, "eval_duration": took, "prompt_eval_count": 5, "prompt_eval_duration": 5})
 
     def _say(self, body: Body) -> None:
         self.send_response(200)
@@ -336,7 +341,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Answers]]:
     """An Ollama on a free port."""
     httpd = HTTPServer(("127.0.0.1", 0), _Answers)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{httpd.server_port}")
+    monkeypatch.setattr(rates, "OLLAMA", f"http://127.0.0.1:{httpd.server_port}")
     yield _Answers
     httpd.shutdown()
     httpd.server_close()
@@ -346,22 +351,27 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Answers]]:
 def test_ollama_is_compared_by_the_name_that_was_given(
     server: type[_Answers], healthy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its own rate is the divisor; no name is guessed; an unknown one is a hole; a rate of nothing is no pass."""
-    assert ollama.decode_tok_s("tiny:latest", "x", 4, 2) == pytest.approx(100.0)
+    """Its own rate is the divisor; no name is guessed; another size is a hole; a rate of nothing is no pass."""
     _, body = _json([str(healthy), *QUICK], capsys)
     assert "name it with --ollama" in _gate(body, "ollama_parity")["message"]
-    code, body = _json([str(healthy), *QUICK, "--ollama", "other"], capsys)
+    code, body = _json([str(healthy), *QUICK, "--ollama", "large"], capsys)
     assert (code, body["holes"]) == (11, ["ollama_parity"])
-    server.rate = 1e-3
-    code, body = _json([str(healthy), *QUICK, "--ollama", "tiny:latest"], capsys)
-    assert (code, _gate(body, "ollama_parity")["passed"]) == (0, True)
-    server.rate = 1e9
-    code, body = _json([str(healthy), *QUICK, "--ollama", "tiny:latest"], capsys)
-    assert (code, _gate(body, "ollama_parity")["passed"]) == (5, False)
-    server.rate = 0.0
-    code, body = _json([str(healthy), *QUICK, "--ollama", "tiny:latest"], capsys)
-    assert code == 5
-    assert "generated nothing" in _gate(body, "ollama_parity")["message"]
+    assert "found 7.00 in 'large'" in _gate(body, "ollama_parity")["message"]
+    for rate, code in ((1e-3, 0), (1e9, 5), (0.0, 5)):
+        server.rate = rate
+        found, body = _json([str(healthy), *QUICK, "--ollama", "tiny"], capsys)
+        assert (found, _gate(body, "ollama_parity")["passed"]) == (code, code == 0)
+    assert "no durations" in _gate(body, "ollama_parity")["message"]
+
+
+def test_without_ollama_the_gate_is_skipped(
+    healthy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing answers at the address: skipped, and a hole because it was asked for."""
+    monkeypatch.setattr(rates, "OLLAMA", "http://127.0.0.1:9")
+    code, body = _json([str(healthy), *QUICK, "--ollama", "tiny"], capsys)
+    assert (code, body["holes"]) == (11, ["ollama_parity"])
+    assert "no Ollama answers" in _gate(body, "ollama_parity")["message"]
 
 
 def test_options_without_effect_are_refused(healthy: Path) -> None:
