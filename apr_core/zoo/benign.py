@@ -24,6 +24,7 @@ from apr_core.model.config import Qwen2Config
 from apr_core.rosetta.chatml import default_system
 from apr_core.zoo.draft import Draft
 from apr_core.zoo.edits import companion
+from apr_core.zoo.k_quants import ranged_q4_k
 from apr_core.zoo.parcels import LZ4, ZSTD, packed, pickle_beside, shard_apr, split_gguf
 from apr_core.zoo.plants import DOWN, EMBED, HEAD, NORM, V_BIAS, Q
 from apr_core.zoo.registry import Benign, NotApplicable, Recipe
@@ -41,6 +42,7 @@ from apr_core.zoo.words import (
 )
 
 _MEMBERS = ("model.safetensors", "config.json", TOKENIZER, SETTINGS, GENERATION, "golden.json", "transformers_f64.npz")
+K_MIXES = ("Q4_K_M", "Q5_K_M", "Q6_K")
 LOGITS = "transformers_f64.npz"  # recorded from the weights as they are: they say nothing of eight-bit ones
 
 
@@ -49,7 +51,7 @@ def _written(container: str, dtype: str = "keep", stem: str = "model.{container}
 
     def recipe(draft: Draft) -> None:
         draft.container, draft.dtype, draft.stem = container, dtype, stem
-        if dtype == "Q8_0":
+        if dtype in ("Q8_0", *K_MIXES):
             draft.carried.pop(LOGITS, None)
         if edit is not None:
             draft.after.append(lambda path: rewrite(path, edit))
@@ -268,6 +270,21 @@ def _another_quantiser(draft: Draft) -> None:
     draft.after.append(lambda path: rewrite(path, edit))
 
 
+def _another_k_quantiser(draft: Draft) -> None:
+    """Q4_K blocks whose scales come from the range of each sub-block, without llama.cpp's search."""
+    draft.container, draft.dtype = "gguf", "Q4_K_M"
+    draft.carried.pop(LOGITS, None)
+    weights = draft.weights
+
+    def edit(_: Json, tensors: Tensors) -> None:
+        for name, (dtype, shape, data) in tensors.items():
+            if dtype.name == "Q4_K":
+                blocks = ranged_q4_k(weights[name].reshape(-1, 256))
+                tensors[name] = (dtype, shape, blocks.reshape(data.shape))
+
+    draft.after.append(lambda path: rewrite(path, edit))
+
+
 def _version_two(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(4)
@@ -346,6 +363,8 @@ BENIGN: tuple[Benign, ...] = (
     Benign("gguf-bf16", "a GGUF in BF16", _written("gguf", "BF16")),
     Benign("gguf-f32", "a GGUF in F32", _written("gguf", "F32")),
     Benign("gguf-q8", "a GGUF in Q8_0", _written("gguf", "Q8_0")),
+    *(Benign(f"gguf-{mix.lower().replace('_', '-')}", f"a GGUF in {mix}", _written("gguf", mix)) for mix in K_MIXES),
+    Benign("q4-k-of-another", "the Q4_K of a quantiser that does not search", _another_k_quantiser),
     Benign("apr-f16", "an APR in F16", _written("apr", "F16")),
     Benign("apr-f32", "an APR in F32", _written("apr", "F32")),
     Benign("weights-f16", "F16 of the same weights", _typed("F16")),

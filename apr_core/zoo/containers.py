@@ -283,7 +283,7 @@ class Stored:
 def stored_as(draft: Draft, container: str, dtype: str) -> None:
     """Choose what is written in the end."""
     draft.container, draft.dtype = container, dtype
-    if dtype == "Q8_0":
+    if dtype in ("Q8_0", "Q4_K_M"):
         draft.carried.pop(TRANSFORMERS, None)
 
 

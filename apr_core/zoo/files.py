@@ -11,7 +11,7 @@ import numpy as np
 from apr_core.contract.layout import EMBEDDING
 from apr_core.dtypes import FORMATS
 from apr_core.formats.codecs import round_to
-from apr_core.zoo import containers, parcels
+from apr_core.zoo import containers, k_quants, parcels
 from apr_core.zoo.containers import LAYERS, PREFLIGHT, Row, family
 from apr_core.zoo.edits import (
     On,
@@ -82,6 +82,7 @@ COARSE = "coarse values are legal: a model may have been trained or pruned to th
 # fmt: off
 DEFECTS: tuple[Defect, ...] = (
     *containers.DEFECTS,
+    *k_quants.DEFECTS,
     *parcels.DEFECTS,
     # missing numbers
     *family("zeroed-by-type", "missing-data", "aprender 2337", (EMPTY,),
