@@ -201,6 +201,37 @@ def test_the_norm_of_tiny_values_does_not_vanish() -> None:
     assert measure_values("t", np.full(100, 1e-25, np.float32)).l2 == pytest.approx(1e-24, rel=1e-6, abs=0.0)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 3e-20, 1e25])
+def test_sixteen_bits_beyond_the_squares_of_float32(scale: float) -> None:
+    """BF16 whose squares vanish, lose bits or overflow in float32 have the moments of float64."""
+    values = (scale * np.random.default_rng(7).standard_normal((3, 4096))).astype(np.float32)
+    stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+    wide = (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    found = measure(raw_of("BF16", stored, stored.shape), spot_rows=True)
+    assert (found.std, found.l2, found.row_l2[0][1]) == pytest.approx(
+        (wide.std(ddof=1), np.linalg.norm(wide), np.linalg.norm(wide[0])), rel=1e-9, abs=0.0
+    )
+
+
+def test_sixteen_bits_around_one_keep_their_deviation() -> None:
+    """Gains in F16: their squares, added in float32, would leave a deviation of rounding."""
+    stored = (1 + 0.002 * np.random.default_rng(8).standard_normal(65_536)).astype(np.float16)
+    found = measure(raw_of("F16", stored, stored.shape))
+    assert found.std == pytest.approx(stored.astype(np.float64).std(ddof=1), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "Q8_0", "AprQ8"])
+@pytest.mark.parametrize("spot_rows", [True, False])
+def test_the_digest_does_not_know_of_pieces(dtype: str, spot_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a tensor is cut, the digest is that of its bytes, the last incomplete stripe too."""
+    for name, small in (("CHUNK", 96), ("PIECE", 200), ("_CHUNKS", 2)):
+        monkeypatch.setattr(stats_module, name, small)
+    raw = any_tensor(dtype, (7, 96) if dtype == "Q8_0" else (7, 97))
+    assert raw.data.size % 64
+    whole = kernel.fold_lanes(kernel.digest_lanes(raw.data), raw.data.size)
+    assert measure(raw, spot_rows=spot_rows).digest == whole
+
+
 @pytest.mark.parametrize(("value", "zeros"), [(0.0, 4), (-0.0, 4), (9e-11, 4), (2e-10, 0), (1e-42, 4)])
 def test_what_counts_as_zero(value: float, zeros: int) -> None:
     """Below 1e-10 is zero: integers read as floats at a wrong offset are denormals, not zeros."""

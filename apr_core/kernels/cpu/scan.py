@@ -527,7 +527,7 @@ def _examples(kind: int) -> Iterator[tuple[Bytes, int, int]]:
     """
     Stored elements, rows and columns: odd lengths around a step and a run, at an odd address.
 
-    Healthy values; NaN with payloads, infinities, both zeros and subnormals among them; values around 1; values whose
+    Healthy values, with a mean too; NaN with payloads, infinities, both zeros and subnormals; values around 1, or whose
     squares vanish or overflow in float32.
     """
     random = np.random.default_rng(kind)
@@ -543,6 +543,7 @@ def _examples(kind: int) -> Iterator[tuple[Bytes, int, int]]:
                 healthy,
                 strange,
                 np.float32(1) + healthy / np.float32(64),
+                healthy + np.float32(0.012),
                 np.full(healthy.shape, 0.02, np.float32),
                 healthy * np.float32(1e-30),
                 healthy * np.float32(1e25),
