@@ -29,7 +29,8 @@ def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
 
     Returns:
         path, format, container (what it says about itself), files, tensors, parameters, weight_bytes, bits_per_weight,
-        types, config, metadata, tokenizer, gaps, executables when pickles lie beside the weights, and sha256 when asked
+        types, passport (label against content), config, metadata, tokenizer, gaps, executables when pickles lie beside
+        the weights, and sha256 when asked
         for. For an APR file that cannot be run (version 1, JSON-APR): what its header says, and why.
 
     Raises:
@@ -58,6 +59,7 @@ def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
             "weight_bytes": weights,
             "bits_per_weight": round(8 * weights / parameters, 4) if parameters else None,
             "types": _types(checkpoint),
+            "passport": _passport(checkpoint),
             "config": checkpoint.config,
             "metadata": {key: _cut(_value(checkpoint.metadata, key)) for key in checkpoint.metadata},
             "tokenizer": _tokenizer(checkpoint),
@@ -78,6 +80,15 @@ def _types(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         row["parameters"] += prod(info.shape)
         row["bytes"] += info.nbytes
     return types
+
+
+def _passport(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the label says against what is stored; the histogram is the body's own ``types``."""
+    from apr_core.rosetta.passport import passport
+
+    found = passport(checkpoint)
+    said = {k: v for k, v in found.as_json().items() if k in ("label", "label_from", "fallback_share", "label_agrees")}
+    return {**said, "says": found.sentences()}
 
 
 def _value(metadata: Mapping[str, object], key: str) -> object:
@@ -134,6 +145,8 @@ def show_description(body: Mapping[str, Any]) -> None:
     show(f"tensors          {body['tensors']}")
     show(f"parameters       {body['parameters']:,}")
     show(f"weights          {nbytes(body['weight_bytes'])}" + (f", {bits:.3f} bits per weight" if bits else ""))
+    for sentence in body["passport"]["says"][1:]:
+        show(f"passport         {sentence}")
     tokenizer = body["tokenizer"]
     if tokenizer["usable"]:
         template = "with a chat template" if tokenizer["chat_template"] else "no chat template (a base model)"

@@ -61,6 +61,9 @@ def install() -> bool:
 
 def show_finding(finding: Finding) -> Shown:
     """A measurement before it is judged: value against limit, coverage, rows, whys."""
+    if not finding.claim:  # shown beside the claims, judged by none
+        reason = f"{finding.not_run}: {finding.blame}" if finding.not_run is not None else finding.inconclusive
+        return _lines([f"not shown: {reason}" if reason else finding.detail], finding.rows)
     claim = load_claims()[finding.claim]
     if finding.not_run is not None:
         said = f"{finding.claim} not run: {finding.not_run}{f': {finding.blame}' if finding.blame else ''}"

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from apr_core.errors import ContractViolation, FormatError, InferenceError, LoadError, UsageError
 from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
 from apr_core.kernels.codecs import decode
-from apr_core.rosetta.convert import CONTAINERS, convert, lossless, named
-from apr_core.rosetta.diff import TensorDiff, compare_tensors, unreadable
+from apr_core.rosetta.convert import CONTAINERS, convert, lossless, named, plan
+from apr_core.rosetta.diff import TensorDiff, compare_tensors, typed_as, unreadable
 from apr_core.rosetta.identity import CORPUS
 
 if TYPE_CHECKING:
@@ -103,7 +103,9 @@ class Copies:
             path = self.path(container)
             try:
                 with open_checkpoint(path) as copy:
-                    out[container] = compare_tensors(copy, self._checkpoint, exact=True)
+                    found = compare_tensors(copy, self._checkpoint, exact=True)
+                    asked = lossless(self._checkpoint, container)
+                    out[container] = typed_as(found, plan(self._checkpoint, path, quantize=asked).types)
             except FormatError as error:  # a copy that does not open holds none of the tensors
                 out[container] = unreadable(self._checkpoint, " ".join(error.message.split())[:300])
         return out

@@ -7,8 +7,8 @@ once passed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -173,6 +173,18 @@ def unreadable(original: Checkpoint, why: str) -> TensorDiff:
         for t in original.tensors.values()
     ]
     return TensorDiff(tuple(rows))
+
+
+def typed_as(found: TensorDiff, types: Mapping[str, QuantFormat]) -> TensorDiff:
+    """Count a tensor whole that is stored in another type than was asked: values that are equal hide a widening."""
+    rows = [
+        row
+        if row.problem or row.name not in types or row.subject == str(types[row.name])
+        else replace(row, mismatched=row.values, problem=f"stored as {row.subject}, asked {types[row.name]}")
+        for row in found.rows
+    ]
+    rows.sort(key=lambda row: (not row.problem, -row.mismatched, -row.max_abs))
+    return TensorDiff(tuple(rows), found.tied)
 
 
 def _partner(checkpoint: Checkpoint, name: str) -> TensorInfo | None:

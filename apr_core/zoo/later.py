@@ -5,7 +5,6 @@ from __future__ import annotations
 from apr_core.zoo.registry import Later
 
 LATER = (
-    Later("rosetta-default", "a conversion that widens to F32 unasked", "round 45, aprender 205", 5),
     Later("yarn-lost", "context extension dropped from the configuration", "peers K7, llama.cpp 12957", 6),
     Later("memory-overflow", "a model beyond the memory of the device, without layer streaming", "GH-201", 6),
     Later("streamed-layer", "a streamed layer that is used before it has arrived", "GH-201", 6),

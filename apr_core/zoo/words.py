@@ -329,6 +329,17 @@ def _values(change: Callable[[NDArray[np.float32]], NDArray[np.float32]], part: 
     return edit
 
 
+def _stored_as(dtype: str, part: str = "") -> Edit:
+    """Store matrices in another type, unasked."""
+
+    def edit(_: Json, tensors: Tensors) -> None:
+        for name, (old, shape, data) in tensors.items():
+            if part in name and len(shape) > 1:
+                tensors[name] = (FORMATS[dtype], shape, encode(decode_bytes(old, data, shape), FORMATS[dtype]))
+
+    return edit
+
+
 def _swapped(left: str, right: str) -> Edit:
     def edit(_: Json, tensors: Tensors) -> None:
         if tensors[left][:2] != tensors[right][:2]:
@@ -754,6 +765,14 @@ DEFECTS: tuple[Defect, ...] = (
          _tamper(_values(_truncated))),
         ("copy-rounded-up", "norms went through eight bits", "round 45", "F-GT-001 F-GT-002",
          _tamper(_values(lambda v: np.round(v * 127 / np.abs(v).max()) * np.abs(v).max() / 127, "norm"))),
+    ),
+    *_copies("rosetta-default",
+        ("copy-widened", "every matrix was widened to F32, unasked", "aprender 205", "F-GT-001",
+         _tamper(_stored_as("F32"))),
+        ("copy-widened-one", "one matrix was widened to F32, unasked", "round 45", "F-GT-001",
+         _tamper(_stored_as("F32", DOWN))),
+        ("copy-narrowed", "matrices were stored as F16, unasked", "peers Q5", "F-GT-001",
+         _tamper(_stored_as("F16"))),
     ),
     *_copies("copy-transposed",
         ("copy-embedding-turned", "the embedding is transposed under its shape", "round 48", "F-GT-001 F-GT-002",
