@@ -25,7 +25,7 @@ def plot_round_trip(source: Source) -> Figure | None:
     with style():
         figure, ax = new_figure(1.2 + 0.42 * len(rows))
         for i, (size, equal) in enumerate(zip(sizes, same, strict=True)):
-            ax.barh(i, size, height=0.55, color=BLUE if equal else VERMILLION, hatch="" if equal else "//")
+            ax.barh(i, size, height=0.55, color=BLUE if equal else VERMILLION, hatch="" if equal else "//", zorder=2)
             said = f"{str(rows[i]['fingerprint'])[:8]}{'' if equal else ', another'}"
             ax.annotate(said, (size, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
         ax.set_yticks(range(len(rows)), [label(row["step"], 30) for row in rows])

@@ -48,7 +48,7 @@ def round_trips(subject: Subject) -> Finding:
         if not back.exists():
             with open_checkpoint(path) as copy:
                 convert(copy, back, quantize=lossless(copy, own.format), bare=True)
-        files |= {container: (path, False), f"{container} → {own.format}": (back, True)}
+        files |= {container: (path, False), f"back from {container}": (back, True)}
     rows, first = [], ""
     for step, (path, made_here) in files.items():
         with open_checkpoint(path) as opened:

@@ -25,6 +25,7 @@ from apr_core.formats.names import gguf_name
 from apr_core.model.tokens import prepare_tokens
 from apr_core.peers.llama_cpp import LlamaCpp, is_installed
 from apr_core.rosetta.convert import convert
+from apr_core.rosetta.copies import greedy
 
 RECIPES = ("F16", "Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K")
 POSITIONS = 128
@@ -111,14 +112,17 @@ def test_llama_cpp_agrees_on_the_same_file(
 def test_golden_answers_of_pygmy_through_llama_cpp(
     recipe: str, models: dict[tuple[str, str], Path], pygmy: Path
 ) -> None:
-    """Its own loop, end tokens and detokenizer on our file: every recorded answer, to the letter."""
+    """Its own loop, end tokens and detokenizer on our file, and ours: every recorded answer, to the letter."""
     cases = json.loads((pygmy / "golden.json").read_text())["cases"]
     path = models["pygmy", recipe]
     model = load_model(path)
     with LlamaCpp(path) as peer:
         for case in cases:
-            said = peer.complete(prepare_tokens(model, messages=case["messages"]).ids.tolist(), 32)
+            prompt = prepare_tokens(model, messages=case["messages"])
+            said = peer.complete(prompt.ids.tolist(), 32)
             assert (said.text, said.ended) == (case["answer"], True), case["id"]
+            assert model.tokenizer is not None
+            assert model.tokenizer.decode(list(greedy(model, prompt, 32))[:-1]) == case["answer"], case["id"]
 
 
 @pytest.mark.oracle

@@ -26,9 +26,9 @@ def test_round_trips_have_one_fingerprint(tiny: Path, open_subject: Callable[...
     assert [row["step"] for row in found.rows] == [
         "safetensors (subject)",
         "gguf",
-        "gguf → safetensors",
+        "back from gguf",
         "apr",
-        "apr → safetensors",
+        "back from apr",
     ]
     assert len({row["fingerprint"] for row in found.rows}) == 1
     figure = conversion.plot_round_trip(found)
