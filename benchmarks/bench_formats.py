@@ -191,7 +191,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.only in (None, "opening"):
-            model = args.model or synthesise("0.5b", format="gguf", dtype="q4_k_m", out=folder / "model.gguf")
+            model = args.model or synthesise(
+                "qwen2.5-coder-0.5b", format="gguf", dtype="q4_k_m", out=folder / "model.gguf"
+            )
             found["opening"] = opening(model, args.repeats)
         if args.only in (None, "identity"):
             found["identity"] = identity()
