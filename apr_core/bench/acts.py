@@ -15,10 +15,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from apr_core.bench.profile import profile_model
 from apr_core.bench.roofline import Bandwidth, Roofline, TokenBytes, architecture_bytes, bytes_per_token
+from apr_core.bench.throughput import Plan, couple
 from apr_core.bench.timing import DecodeRun, PrefillRun, clock_tick_s, measure_decode, measure_prefill
+from apr_core.bench.versus import Comparison, cost_of_rounding, interleave, rounds_activations
 from apr_core.contract.layout import HEAD, Geometry
-from apr_core.engines.load import load_model
+from apr_core.engines.load import build, load_model
 from apr_core.engines.subject import Subject
 from apr_core.falsify.claims import load_claims
 from apr_core.falsify.finding import Finding, act
@@ -33,6 +36,8 @@ PROMPT = 32
 PREFILL = 64
 DELAYED_TOKENS = 8
 SHORTEST_DELAY_S = 0.002
+CONTEXTS = (128, 1024, 4000)
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,60 @@ def cuda_tokens_are_right(subject: Subject) -> Finding:
         if cuda.device.startswith("cuda")
         else Finding(None, 0, finding.expected, inconclusive=f"the CUDA side ran on {cuda.device}")
     )
+
+
+@act("F-THR-010")
+def compiled_tokens_are_right(subject: Subject) -> Finding:
+    """Time the compiled engine, and ask the reference at each of its tokens which one is right."""
+    engine = build(subject.admission, precision="speed")
+    size = effort(_elements(subject))
+    prompt = subject.stimulus(_prompt_length(subject, size.tokens)).ids
+    longest = engine.config.max_position_embeddings
+    far = CONTEXTS if _elements(subject) < 50_000_000 else CONTEXTS[:1]
+    contexts = tuple(length for length in far if length + STEPS <= longest)
+    plan = Plan(int(prompt.size), size.tokens, size.repeats, contexts, STEPS)
+    run = interleave(engine, prompt, plan, threads=1, peers=[], elements=_elements(subject))
+    split = profile_model(engine, subject.admission, Plan(int(prompt.size), size.tokens, 1), threads=1)
+    moved = cost_of_rounding(subject.admission, subject.model) if rounds_activations(engine) else 0.0
+    found = {made: couple(subject.model, prompt, made, moved) for made in set(run.timed.tokens)}
+    wrong = [(repeat, step) for repeat, made in enumerate(run.timed.tokens) for step in found[made][0]]
+    lost = sum(abs(size.tokens - len(made)) for made in run.timed.tokens)
+    elsewhere = "" if engine.device == "cpu" else f"it ran on {engine.device}"
+    return Finding(
+        value=float(len(wrong) + lost),
+        compared=sum(found[made][1] for made in run.timed.tokens),
+        expected=size.repeats * size.tokens,
+        detail=f"{size.repeats} repeats of {size.tokens} tokens",
+        inconclusive=elsewhere,
+        rows=_speed_rows(run, split, _elements(subject)),
+        arrays={
+            "compiled_s_per_token": run.timed.steps.seconds,
+            "bandwidth_gb_s": run.bandwidth,
+            "context_tokens": np.array(list(run.timed.at_context)),
+            "context_s": np.array([samples.median for samples in run.timed.at_context.values()]),
+        },
+        whys=[("Which token is wrong first?", f"{wrong[:1] or 'none; tokens are missing'}")] if wrong or lost else (),
+        reference="the float32 reference, without cache or clock, teacher-forced",
+    )
+
+
+def _speed_rows(run: Comparison, split: dict[str, Any], elements: int) -> list[dict[str, object]]:
+    """What the figures and the table of the compiled engine need; no row of it is compared."""
+    timed = run.timed
+    rows: list[dict[str, object]] = [
+        {"quantity": "backend", "value": timed.backend},
+        {"quantity": "decode_tok_s", "value": timed.decode_tok_s},
+        {"quantity": "prefill_tok_s", "value": timed.prefill_tok_s},
+        {"quantity": "read_gb_s, best", "value": run.read_gb_s},
+        {"quantity": "ceiling_tok_s", "value": run.read_gb_s * 1e9 / run.read_bytes},
+        {"quantity": "share of the ceiling", "value": run.share_of_ceiling},
+        {"quantity": "bytes per token", "value": run.read_bytes},
+        {"quantity": "operations per token", "value": 2 * elements},
+        {"quantity": "prompt", "value": timed.plan.prefill},
+    ]
+    rows += [{"quantity": f"MB per token in {t['type']}", "value": t["bytes_per_token"] / 1e6} for t in split["types"]]
+    rows += [{"quantity": f"ms: {p['phase']}", "value": p["decode_ms_per_token"]} for p in split["phases"]]
+    return rows
 
 
 def _time(subject: Subject) -> TimedRun:

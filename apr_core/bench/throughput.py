@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from apr_core.bench.timing import Clock, Samples
 from apr_core.errors import UsageError
 from apr_core.model.trace import TracedForward, last_logits
-from apr_core.parity.distribution import top_margin
-from apr_core.parity.tolerances import decisive_margin
+from apr_core.parity.tolerances import decisive_margin, forward_limit
 
 AGREEMENT = 0.1
 """Two warm-up runs agree when they differ by at most this share."""
@@ -252,16 +251,17 @@ def private_bytes() -> int | None:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))
 
 
-def couple(reference: TracedForward, prompt: Ints, tokens: Sequence[int], limit: float) -> tuple[list[int], int]:
+def couple(reference: TracedForward, prompt: Ints, tokens: Sequence[int], moved: float) -> tuple[list[int], int]:
     """
-    Ask the reference, teacher-forced, at each timed token which one it would have chosen.
+    Ask the reference, teacher-forced, at each timed token whether it would have chosen that one.
 
     Args:
         reference: The untimed model, without a cache.
         prompt: What was read before the first token.
         tokens: What was produced.
-        limit: How far, in rel_l2, a sound candidate's logits may be; a choice that this could turn over is a near-tie
-            and excused.
+        moved: How far, in nat, a sound candidate's logits may be from the reference's beyond float32 (0 for float32).
+            A token is right when the reference puts it within three times that of its own choice: two logits may each
+            move so far, and other prompts somewhat further.
 
     Returns:
         The steps whose token is wrong, and how many were compared. Nothing produced compares nothing.
@@ -270,8 +270,9 @@ def couple(reference: TracedForward, prompt: Ints, tokens: Sequence[int], limit:
         return [], 0
     made = np.asarray(tokens, np.int64)
     logits = reference.forward(np.concatenate([prompt, made[:-1]]))[prompt.size - 1 :]
-    decisive = ~(top_margin(logits) <= decisive_margin(logits, limit))
-    return [int(step) for step in np.flatnonzero((logits.argmax(axis=1) != made) & decisive)], int(made.size)
+    regret = logits.max(axis=1) - logits[np.arange(made.size), made]
+    slack = np.maximum(decisive_margin(logits, forward_limit()), 3 * moved)
+    return [int(step) for step in np.flatnonzero(~(regret <= slack))], int(made.size)
 
 
 def _repeat(model: TracedForward, prompt: Ints, tokens: int, kept: _Record, clock: Clock) -> None:

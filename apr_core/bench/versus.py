@@ -13,11 +13,11 @@ from apr_core.bench.roofline import StreamBandwidth
 from apr_core.bench.throughput import Plan, Throughput, measure
 from apr_core.bench.timing import Samples
 from apr_core.contract.admit import Admission
+from apr_core.dtypes import FORMATS
 from apr_core.model.trace import TracedForward
-from apr_core.parity.tolerances import forward_limit
 from apr_core.peers.rates import RatedPeer, Rates, median_ratio
 
-_PEER_PROMPTS = 3
+_PROMPTS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,27 +128,26 @@ def interleave(
     return Comparison(timed, threads, read_bytes, np.array(ceiling.samples), list(zip(peers, rounds, strict=True)))
 
 
-def coupling_limit(admission: Admission, precision: str) -> tuple[TracedForward, float]:
-    """
-    Return the reference, and how far in rel_l2 a sound candidate of a precision may be from it.
+def rounds_activations(model: TracedForward) -> bool:
+    """Say whether an engine multiplies 8-bit activations: in ``speed``, with a weight that is stored in blocks."""
+    weights, mode = getattr(model, "weights", None), getattr(model, "precision", "")
+    return mode == "speed" and any(not FORMATS[kind].plain for kind in weights.types.values())  # type: ignore[union-attr]
 
-    For ``speed`` that is twice what rounding activations to 8 bits costs the reference itself on this model, measured
-    on a few prompts of drawn tokens; else the limit of F-PAR-001.
+
+def cost_of_rounding(admission: Admission, reference: TracedForward) -> float:
     """
-    from apr_core.engines.load import build
+    Measure how far the reference's own logits move when its activations are rounded to 8 bits; nat, the largest.
+
+    On a few prompts of drawn tokens: what an engine of that arithmetic may do, and no more.
+    """
     from apr_core.model.linear import Weights
     from apr_core.model.qwen2 import Qwen2
     from apr_core.parity.floor import EightBit
 
-    reference = build(admission)
-    if precision != "speed":
-        return reference, forward_limit()
     validated = admission.require()
     rounded = Qwen2(validated, weights=Weights(validated, EightBit()))
-    most = forward_limit()
-    for seed in range(_PEER_PROMPTS):
+    most = 0.0
+    for seed in range(_PROMPTS):
         ids = np.random.default_rng(seed).integers(0, reference.config.vocab_size, 16)
-        exact, found = reference.forward(ids), rounded.forward(ids)
-        far = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
-        most = max(most, 2 * float(far.max()))
-    return reference, most
+        most = max(most, float(np.abs(reference.forward(ids) - rounded.forward(ids)).max()))
+    return most

@@ -129,7 +129,8 @@ def _measure_all(
 
     from apr_core.bench.claimed import judge_claim
     from apr_core.bench.throughput import couple
-    from apr_core.bench.versus import coupling_limit, interleave
+    from apr_core.bench.versus import cost_of_rounding, interleave, rounds_activations
+    from apr_core.engines.load import build
     from apr_core.peers.rates import open_peer
 
     built = _built(admission, precision, plan)
@@ -138,10 +139,11 @@ def _measure_all(
     prompt = np.random.default_rng(seed).integers(0, built.config.vocab_size, plan.prefill)
     runs = [interleave(built, prompt, plan, threads=count, peers=opened, elements=elements) for count in counts]
     made = {tokens for run in runs for tokens in run.timed.tokens}
-    reference, limit = coupling_limit(admission, precision)
+    reference = build(admission)
+    moved = cost_of_rounding(admission, reference) if rounds_activations(built) else 0.0
     wrong = compared = 0
     for tokens in made:
-        bad, count = couple(reference, prompt, tokens, limit)
+        bad, count = couple(reference, prompt, tokens, moved)
         wrong, compared = wrong + len(bad), compared + count
     right = compared > 0 and wrong == 0
     best = runs[-1]
@@ -157,7 +159,7 @@ def _measure_all(
         "precision": precision,
         "plan": {"prefill": plan.prefill, "decode": plan.decode, "repeats": plan.repeats},
         "runs": [run.body() for run in runs],
-        "tokens": {"compared": compared, "wrong": wrong, "limit_rel_l2": limit},
+        "tokens": {"compared": compared, "wrong": wrong, "moved_nat": moved},
         "claims": [{**vars(item), "verdict": str(item.verdict)} for item in verdicts],
         "bypassed": bool(getattr(built, "bypassed", False)),
     }

@@ -23,6 +23,7 @@ from apr_core.report.material import (
     traced,
     violations,
 )
+from apr_core.report.speed import plot_compiled
 from apr_core.report.style import (
     BLUE,
     COLOURS,
@@ -360,6 +361,7 @@ FIGURES: dict[str, Plot] = {
     "F-PAR-010": plot_layer_trace,
     "F-THR-006": plot_throughput,
     "F-THR-008": plot_throughput,
+    "F-THR-010": plot_compiled,
 }
 
 

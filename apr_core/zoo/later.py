@@ -8,7 +8,6 @@ LATER = (
     Later("yarn-lost", "context extension dropped from the configuration", "peers K7, llama.cpp 12957", 6),
     Later("memory-overflow", "a model beyond the memory of the device, without layer streaming", "GH-201", 6),
     Later("streamed-layer", "a streamed layer that is used before it has arrived", "GH-201", 6),
-    Later("vnni-kernel", "a numba kernel that saturates or skips its last block", "cpu.md", 7),
     Later("ollama-size", "a comparison with another size of the model", "round 48", 7),
     Later("claimed-throughput", "a rate that was claimed and not measured", "round 48", 7),
     Later("triton-kernel", "a fused kernel that is wrong for one type, shape or partial tile", "peers K2", 8),

@@ -116,6 +116,76 @@ def _tokens(change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Planted:
     return _stream(lambda first, steps, tokens, delay_s: (first, steps, change(tokens)))
 
 
+def _engine(**planted: object) -> Planted:
+    """Give the compiled engine other parts."""
+
+    def plant() -> AbstractContextManager[None]:
+        from apr_core.engines.cpu import CpuQwen2
+
+        return swapped(CpuQwen2, **planted)
+
+    return plant
+
+
+def _panels(damage: Callable[[Any], None]) -> Planted:
+    """Damage the panels of every matrix, as a wrong kernel or packer does; bfloat16 words of the bundled model."""
+
+    def plant() -> AbstractContextManager[None]:
+        from apr_core.engines import cpu_weights
+
+        right = cpu_weights.panels
+
+        def packed(tensor: Any) -> Any:
+            made = right(tensor)
+            damage(made.view(np.uint16).reshape(-(-tensor.shape[0] // 16), -1, 16))
+            return made
+
+        return swapped(cpu_weights, panels=packed)
+
+    return plant
+
+
+def _skips_last_block(words: Any) -> None:
+    words[:, -32:] = 0
+
+
+def _saturates(words: Any) -> None:
+    """Hold every weight at plus or minus 1/64, as an instruction that is too narrow holds a sum."""
+    words[:] = np.where(words & 0x7FFF > 0x3C80, words & 0x8000 | 0x3C80, words)
+
+
+def _constant(self: Any, ids: Any, cache: Any = None, trace: Any = None) -> Any:
+    logits = np.zeros((len(ids), self.config.vocab_size), np.float32)
+    logits[:, 7] = 1
+    return logits
+
+
+def _constant_last(self: Any, ids: Any, cache: Any = None) -> Any:
+    return _constant(self, ids)[-1]
+
+
+def _fewer_layers() -> AbstractContextManager[None]:
+    from apr_core.engines.cpu import CpuQwen2
+
+    right = CpuQwen2._run_layers
+
+    def short(self: Any, first: int, stop: int, *rest: Any) -> None:
+        right(self, first, max(first, stop - 1), *rest)
+
+    return swapped(CpuQwen2, _run_layers=short)
+
+
+def _nothing_generated() -> AbstractContextManager[None]:
+    from apr_core.bench import throughput
+
+    def silent(model: Any, prompt: Any, tokens: int, kept: Any, clock: timing.Clock) -> None:
+        kept.prefill.append(1e-9)
+        kept.steps.extend([1e-9] * (tokens - 1))
+        kept.tokens.append(())
+
+    return swapped(throughput, _repeat=silent)
+
+
 class MeterFault(NamedTuple):
     """One fault of the meter, the claim that must refute it, and what plants it for a while."""
 
@@ -165,4 +235,12 @@ METER_FAULTS = (
     MeterFault(
         "meter-constant", "a millisecond for every step", "F-THR-008", _steps(lambda steps: [1e-3 for _ in steps])
     ),
+    MeterFault("vnni-last-block", "a kernel skips the last block of each row", "F-THR-010", _panels(_skips_last_block)),
+    MeterFault("vnni-saturates", "a kernel saturates", "F-THR-010", _panels(_saturates)),
+    MeterFault(
+        "engine-constant", "one token, always", "F-THR-010", _engine(forward=_constant, forward_last=_constant_last)
+    ),
+    MeterFault("engine-fewer-layers", "the last layer is left out", "F-THR-010", _fewer_layers),
+    MeterFault("engine-silent", "nothing is generated", "F-THR-010", _nothing_generated),
+    MeterFault("engine-elsewhere", "another device ran", "F-THR-010", _engine(device="cuda:0")),
 )

@@ -22,7 +22,7 @@ from apr_core.falsify.claims import claims_of
 from apr_core.falsify.finding import ACTS, Finding
 from apr_core.falsify.verdict import Verdict
 
-HERE = tuple(f"F-THR-00{n}" for n in range(1, 9))
+HERE = (*(f"F-THR-00{n}" for n in range(1, 9)), "F-THR-010")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from apr_core.bench.claimed import judge_claim, parse_claim
 from apr_core.bench.profile import profile_model
 from apr_core.bench.roofline import StreamBandwidth
 from apr_core.bench.throughput import Plan, couple, measure, private_bytes, use_threads, warm_up
-from apr_core.bench.versus import Comparison, coupling_limit, interleave
+from apr_core.bench.versus import Comparison, cost_of_rounding, interleave, rounds_activations
 from apr_core.contract.admit import Admission, admit
 from apr_core.engines.load import build
 from apr_core.errors import UsageError
@@ -112,18 +112,20 @@ def test_memory_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_coupling_counts_wrong_tokens_and_nothing(admission: Admission, prompt: np.ndarray) -> None:
     """Right tokens pass, a constant one does not, and an empty output compares nothing."""
-    reference, limit = coupling_limit(admission, "exact")
+    reference = build(admission)
     timed = measure(reference, prompt, Plan(16, 6, 1))
-    assert couple(reference, prompt, timed.tokens[0], limit) == ([], 6)
-    wrong, compared = couple(reference, prompt, (7,) * 6, limit)
+    assert couple(reference, prompt, timed.tokens[0], 0.0) == ([], 6)
+    wrong, compared = couple(reference, prompt, (7,) * 6, 0.0)
     assert (compared, len(wrong)) == (6, 6)
-    assert couple(reference, prompt, (), limit) == ([], 0)
+    assert couple(reference, prompt, (), 0.0) == ([], 0)
+    assert len(couple(reference, prompt, (7,) * 6, 100.0)[0]) == 0
 
 
-def test_the_limit_of_speed_is_what_rounding_costs_the_reference(admission: Admission) -> None:
-    """Measured on this model, and far from excusing everything."""
-    _, limit = coupling_limit(admission, "speed")
-    assert coupling_limit(admission, "exact")[1] < limit < 0.2
+def test_rounding_is_measured_and_excuses_little(admission: Admission, fast: TracedForward) -> None:
+    """Float weights meet float activations, so the bundled model is held to float32 in either precision."""
+    assert not rounds_activations(fast)
+    assert not rounds_activations(build(admission))
+    assert 0 < cost_of_rounding(admission, build(admission)) < 1
 
 
 class _Peer:

@@ -74,7 +74,7 @@ def test_the_control_of_the_meters_is_corroborated():
     suite._acts("bench")
     subject = obtain("pygmy", device="cpu")
 
-    assert {ACTS[f"F-THR-00{n}"](subject).judge()[0].value for n in range(1, 9)} == {"CORROBORATED"}
+    assert {ACTS[f"F-THR-0{n:02d}"](subject).judge()[0].value for n in (*range(1, 9), 10)} == {"CORROBORATED"}
     subject.close()
 
 
