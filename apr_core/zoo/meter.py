@@ -237,10 +237,10 @@ METER_FAULTS = (
     ),
     MeterFault("vnni-last-block", "a kernel skips the last block of each row", "F-THR-010", _panels(_skips_last_block)),
     MeterFault("vnni-saturates", "a kernel saturates", "F-THR-010", _panels(_saturates)),
+    MeterFault("engine-silent", "nothing is generated", "F-THR-010", _nothing_generated),
+    MeterFault("engine-elsewhere", "another device ran", "F-THR-010", _engine(device="cuda:0")),
     MeterFault(
         "engine-constant", "one token, always", "F-THR-010", _engine(forward=_constant, forward_last=_constant_last)
     ),
     MeterFault("engine-fewer-layers", "the last layer is left out", "F-THR-010", _fewer_layers),
-    MeterFault("engine-silent", "nothing is generated", "F-THR-010", _nothing_generated),
-    MeterFault("engine-elsewhere", "another device ran", "F-THR-010", _engine(device="cuda:0")),
 )
