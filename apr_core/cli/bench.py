@@ -175,10 +175,11 @@ def _of(timed: Throughput, metric: str) -> tuple[float, tuple[float, float]]:
 
 def _built(admission: Admission, precision: str, plan: Plan) -> TracedForward:
     """Refuse what the model cannot hold before it is built."""
-    from apr_core.engines.load import build, engine_for
+    from apr_core.cli.run import precision_for
+    from apr_core.engines.load import build
     from apr_core.model.config import Qwen2Config
 
-    engine_for(precision, "cpu")
+    precision_for(precision, "cpu")
     plan.require(Qwen2Config.of(admission.require()).max_position_embeddings)
     return build(admission, precision=precision)
 

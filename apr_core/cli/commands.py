@@ -59,6 +59,9 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     device: Device = "auto",
+    precision: Annotated[
+        str, typer.Option(metavar="auto|reference|exact|speed", help="Which engine; the answer says which ran.")
+    ] = "auto",
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
 ) -> None:
     """Answer one prompt. The generated text goes to stdout, everything else to stderr."""
@@ -83,6 +86,7 @@ def run(
         },
         device=device,
         stream=stream,
+        precision=precision,
     )
 
 

@@ -29,6 +29,7 @@ def answer(
     sampling: Mapping[str, Any],
     device: str,
     stream: bool,
+    precision: str = "auto",
 ) -> None:
     """
     Answer one prompt.
@@ -41,6 +42,7 @@ def answer(
         sampling: As `generate` takes it.
         device: ``auto``, ``cpu`` or ``cuda``.
         stream: Print tokens as they come.
+        precision: ``auto`` for the fastest engine there is, or one of `PRECISIONS`.
 
     Raises:
         AprError: As the steps raise it: usage 2, no tokenizer 6, inference 8, no such device 9.
@@ -56,7 +58,8 @@ def answer(
         prepared = _prepare(load_tokenizer(checkpoint), prompt, system, raw=raw)
         if str(checkpoint.metadata.get("apr.untrained", "")).lower() == "true":
             note("an untrained model of `apr synth`: its text has no meaning")
-        loaded = build(admission, device=device_for(device))
+        where = device_for(device)
+        loaded = build(admission, device=where, precision=precision_for(precision, where))
         note(f"{checkpoint.path.name}: {checkpoint.format}, {loaded.backend} on {loaded.device}")
         started = time.monotonic()
         generation = generate(loaded, prepared, **sampling)
@@ -79,6 +82,25 @@ def _prepare(tokenizer: Tokenizer, prompt: str, system: str | None, *, raw: bool
     messages = [{"role": "system", "content": system}] if system is not None else []
     note(f"chat: the model's own template (sha256 {str(tokenizer.template_hash)[:12]})")
     return prepare_tokens(tokenizer, messages=[*messages, {"role": "user", "content": prompt}])
+
+
+def precision_for(asked: str, device: str) -> str:
+    """
+    Resolve ``auto``: ``speed`` where an engine of that precision is registered and its compiler is here.
+
+    Raises:
+        UsageError, Unavailable: As `engine_for`.
+    """
+    from apr_core.cli.output import note
+    from apr_core.engines.load import ENGINES, engine_for
+    from apr_core.kernels.cpu import features
+
+    if note not in features.listeners:
+        features.listeners.append(note)  # the first compilation takes a while
+    if asked == "auto":
+        return "speed" if ("speed", device) in ENGINES and features.has_numba() else "reference"
+    engine_for(asked, device)
+    return asked
 
 
 def device_for(asked: str) -> str:

@@ -35,7 +35,7 @@ def test_stdout_is_the_answer_alone(healthy: Path, stream: str, capsys: pytest.C
     assert out == _expected(healthy, 9, messages=[{"role": "user", "content": "hello"}]) + "\n"
     assert "chat: the model's own template" in err
     assert "untrained model" in err
-    assert "torch on cpu" in err
+    assert "cpu speed (" in err
     assert "9 generated, stopped by length" in err
 
 
@@ -187,3 +187,21 @@ def test_a_terminal_obeys_no_model(terminal: bool, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdout", screen)
     run._write("a\x1b[2Jb\n")
     assert screen.getvalue() == ("a\\x1b[2Jb\n" if terminal else "a\x1b[2Jb\n")
+
+
+def test_the_fastest_engine_answers_and_says_so(pygmy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless another is asked for; without numba the reference does."""
+    for asked, backend in (("auto", "cpu speed"), ("exact", "cpu exact"), ("reference", "torch on cpu")):
+        assert main(["run", str(pygmy), "hello", "-n", "2", "--device", "cpu", "--precision", asked]) == 0
+        assert backend in capsys.readouterr().err
+    assert main(["run", str(pygmy), "hello", "--precision", "fast"]) == 2
+    assert "expected a precision" in capsys.readouterr().err
+
+
+def test_without_numba_the_reference_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is slower, and nothing else changes."""
+    from apr_core.kernels.cpu import features
+
+    monkeypatch.setattr(features, "has_numba", lambda: False)
+    assert run.precision_for("auto", "cpu") == "reference"
+    assert run.precision_for("auto", "cuda") == "reference"
