@@ -41,7 +41,7 @@ APR_OWN = ("AprQ8", "AprQ4")
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "safetensors": FLOATS,
     "gguf": RECIPES,
-    "apr": (*(recipe for recipe in RECIPES if recipe in FLOATS or recipe.endswith(("_K", "_K_M"))), *APR_OWN),
+    "apr": (*FLOATS, "Q6_K", "Q4_K_M", *APR_OWN),
 }
 GGUF_DEFAULT = "Q4_K_M"
 _SUFFIXES = {".gguf": "gguf", ".apr": "apr", ".safetensors": "safetensors"}
