@@ -63,6 +63,9 @@ def run(
         str, typer.Option(metavar="auto|reference|exact|speed", help="Which engine; the answer says which ran.")
     ] = "auto",
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
+    budget_mb: Annotated[
+        int | None, typer.Option("--budget-mb", min=1, help="Memory for the model; less streams its layers.")
+    ] = None,
 ) -> None:
     """Answer one prompt. The generated text goes to stdout, everything else to stderr."""
     from apr_core.cli.run import answer
@@ -87,6 +90,7 @@ def run(
         device=device,
         stream=stream,
         precision=precision,
+        budget_mb=budget_mb,
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from apr_core.contract.admit import Admission
     from apr_core.model.generate import Generation
     from apr_core.model.tokens import PreparedTokens, Tokenizer
+    from apr_core.model.trace import TracedForward
 
 _UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
 
@@ -30,6 +31,7 @@ def answer(
     device: str,
     stream: bool,
     precision: str = "auto",
+    budget_mb: int | None = None,
 ) -> None:
     """
     Answer one prompt.
@@ -43,11 +45,11 @@ def answer(
         device: ``auto``, ``cpu`` or ``cuda``.
         stream: Print tokens as they come.
         precision: ``auto`` for the fastest engine there is, or one of `PRECISIONS`.
+        budget_mb: Memory for the model; None for what is free. Decides whether layers are streamed.
 
     Raises:
         AprError: As the steps raise it: usage 2, no tokenizer 6, inference 8, no such device 9.
     """
-    from apr_core.engines.load import build
     from apr_core.model.generate import generate
     from apr_core.model.tokens import load_tokenizer
 
@@ -59,14 +61,30 @@ def answer(
         if str(checkpoint.metadata.get("apr.untrained", "")).lower() == "true":
             note("an untrained model of `apr synth`: its text has no meaning")
         where = device_for(device)
-        loaded = build(admission, device=where, precision=precision_for(precision, where))
-        note(f"{checkpoint.path.name}: {checkpoint.format}, {loaded.backend} on {loaded.device}")
+        chosen = "reference" if budget_mb and precision == "auto" else precision_for(precision, where)
+        loaded, why = _load(admission, where, chosen, budget_mb)
+        note(f"{checkpoint.path.name}: {checkpoint.format}, {loaded.backend} on {loaded.device}{why}")
         started = time.monotonic()
         generation = generate(loaded, prepared, **sampling)
         first = print_answer(generation, stream=stream)
         _account(generation, prepared, started, first)
         if sampling["temperature"]:
             note(f"sampled with --seed {generation.seed}")
+
+
+def _load(admission: Admission, device: str, precision: str, budget_mb: int | None) -> tuple[TracedForward, str]:
+    """Build the engine; the reference in the mode that there is memory for, with the reason of the choice."""
+    from apr_core.engines.load import build, engine_for, tokenizer_of
+    from apr_core.engines.streaming import MB, fit
+
+    if precision != "reference":
+        if budget_mb:
+            raise UsageError("--budget-mb streams the layers of the reference", advice="add --precision reference")
+        return build(admission, device=device, precision=precision), ""
+    engine_for(precision, device)
+    validated = admission.require()
+    loaded, plan = fit(validated, device, tokenizer_of(validated), budget_mb * MB if budget_mb else None)
+    return loaded, f"; {plan.reason}"
 
 
 def _prepare(tokenizer: Tokenizer, prompt: str, system: str | None, *, raw: bool) -> PreparedTokens:

@@ -152,6 +152,12 @@ def _reference(validated: ValidatedModel, device: str, tokenizer: Tokenizer | No
     return Qwen2(validated, device, tokenizer)
 
 
+def _cuda(validated: ValidatedModel, device: str, tokenizer: Tokenizer | None) -> TracedForward:
+    from apr_core.engines.cuda import CudaQwen2
+
+    return CudaQwen2(validated, device, tokenizer)
+
+
 def _exact(validated: ValidatedModel, device: str, tokenizer: Tokenizer | None) -> TracedForward:
     from apr_core.engines.cpu import CpuQwen2
 
@@ -167,7 +173,7 @@ def _speed(validated: ValidatedModel, device: str, tokenizer: Tokenizer | None) 
 ENGINES = Engines(
     {
         ("reference", "cpu"): _reference,
-        ("reference", "cuda"): _reference,
+        ("reference", "cuda"): _cuda,
         ("exact", "cpu"): _exact,
         ("speed", "cpu"): _speed,
     }

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -67,9 +65,9 @@ class Place:
     def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32, parts: int = 1) -> None:
         self.device, self.dtype, self.parts = torch.device(device), dtype, parts
 
-    def put(self, values: NDArray[np.float32]) -> Tensor:
-        """Bring decoded values here."""
-        return torch.from_numpy(values).to(self.device, self.dtype)
+    def take(self, tensor: Validated) -> Tensor:
+        """Decode a tensor and bring it here."""
+        return torch.from_numpy(tensor.values()).to(self.device, self.dtype)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ weight.T + bias``."""
@@ -143,7 +141,7 @@ def _torch(tensor: Validated, kind: type[Validated], place: Place) -> Tensor:
     """Decode a validated tensor of one kind to its place."""
     if not isinstance(tensor, kind):
         raise TypeError(f"expected a {kind.__name__}, found {type(tensor).__name__}; {_ADVICE}")
-    return place.put(tensor.values())
+    return place.take(tensor)
 
 
 class Weights:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apr_core.engines.cuda import attest
 from apr_core.engines.load import load_model, load_plain
 from apr_core.engines.subject import Subject
 from apr_core.falsify.claims import load_claims
@@ -269,11 +271,12 @@ def top_token_of_reference(subject: Subject) -> Finding:
 @act("F-PAR-010")
 def cuda_equals_cpu(subject: Subject) -> Finding:
     """Hold every traced activation of the CUDA forward against the CPU's."""
-    cuda = load_model(subject.path, device="cuda")
-    report = _trace_both(subject.model, cuda, _stimulus(subject, POSITIONS))
+    cuda, ids = load_model(subject.path, device="cuda"), _stimulus(subject, POSITIONS)
+    report = _trace_both(subject.model, cuda, ids)
     # An engine that fell back in silence would agree with itself.
-    fell_back = "" if cuda.device.startswith("cuda") else f"the CUDA side ran on {cuda.device}"
-    return _rel_l2_finding(subject, "F-PAR-010", report, "the same model on the CPU", fell_back)
+    weights = sum(4 * prod(t.shape) for t in subject.admission.require().tensors.values())
+    doubt = attest(cuda, ids, weights).doubt
+    return _rel_l2_finding(subject, "F-PAR-010", report, "the same model on the CPU", doubt)
 
 
 def _two_forwards(subject: Subject) -> ParityReport:

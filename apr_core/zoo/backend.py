@@ -730,7 +730,7 @@ _ANSWERS = (
     ),
     *_class(
         ("logits-offset", "backend-kernel", "peers.md V25", _P1),
-        ("all", "3 added to every logit", "logits", _add(3)),
+        ("all", "3 subtracted from every logit", "logits", _add(-3)),
         ("normalised", "log-probabilities instead of logits", "logits", _log_softmax),
         ("largest", "the largest logit subtracted", "logits", lambda x, seen: x - x.max(1, keepdims=True)),
         ("one", "one logit raised by 5", "logits", _raise_one, _always, _KL),

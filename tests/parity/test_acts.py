@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from apr_core.engines.cuda import Attestation
 from apr_core.engines.subject import Subject, obtain
 from apr_core.falsify.claims import claims_of
 from apr_core.falsify.finding import ACTS, Finding
@@ -336,6 +337,8 @@ def test_cuda_side_that_fell_back_is_inconclusive(subject: Subject, monkeypatch:
     device = Tampered(elsewhere, on("layers.1.resid_ffn", np.negative))
     device.device = "cuda:0"
     monkeypatch.setattr(acts, "load_model", lambda path, device_=device, **_: device_)
+    assert "0 bytes on the device" in acts.cuda_equals_cpu(subject).judge()[1]
+    monkeypatch.setattr(acts, "attest", lambda model, ids, least: Attestation("cuda:0", least, least, 9))
     assert verdict(acts.cuda_equals_cpu(subject)) is Verdict.FALSIFIED
     device.edit = keep
     assert verdict(acts.cuda_equals_cpu(subject)) is Verdict.CORROBORATED
