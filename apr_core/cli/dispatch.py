@@ -75,6 +75,7 @@ COMMANDS: Mapping[str, CommandClass] = {
     "rosetta convert": _action("source"),
     "rosetta chain": _action("source"),
     "rosetta verify": _action("source", "against"),
+    "rosetta compare-inference": _action("a", "b"),
     "diff": _DIAGNOSTIC,
     "rosetta inspect": _DIAGNOSTIC,
     "rosetta diff-tensors": _DIAGNOSTIC,

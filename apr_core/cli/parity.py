@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apr_core.cli import rosetta
 from apr_core.cli.dispatch import SkipContract, admission_of
 from apr_core.errors import Exit, Unavailable, UsageError
 
@@ -33,10 +34,11 @@ TRACED = 64
 
 
 def register(app: typer.Typer) -> None:
-    """Put the commands of this module into the application."""
+    """Put the commands of this module into the application, one of them into its rosetta group."""
     app.command()(trace)
     app.command()(parity)
     app.command("eval")(evaluate)
+    rosetta.app.command("compare-inference")(compare_inference)
 
 
 def trace(

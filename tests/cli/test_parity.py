@@ -151,3 +151,41 @@ def test_trace_against_a_reference(capsys: pytest.CaptureFixture[str], pair: dic
     assert "first beyond rel_l2 1e-5: layers.0.k" in capsys.readouterr().out
     assert main(["trace", "pygmy", "--diff"]) == 2
     assert main(["trace", "pygmy", "--level", "loud"]) == 2
+
+
+def compare(capsys: pytest.CaptureFixture[str], *pair: object) -> tuple[int, dict[str, Any]]:
+    """Run rosetta compare-inference."""
+    return run(capsys, "rosetta", "compare-inference", *pair)
+
+
+def test_compare_inference_of_two_containers(capsys: pytest.CaptureFixture[str], pair: dict[str, Path]) -> None:
+    """Within what the types cost, far beyond it, and the same file twice, which is a control and exit 0."""
+    code, body = compare(capsys, "pygmy", pair["f16"])
+    assert (code, body["verdict"], body["control"], body["positions"]) == (0, "CORROBORATED", False, 128)
+    code, body = compare(capsys, "pygmy", pair["negated"])
+    assert (code, body["verdict"]) == (5, "FALSIFIED")
+    assert body["kl_over_limit"][1] > 1
+    assert body["statistics"]["kl_mean"] > body["yardstick"]["kl_mean"]
+    code, body = compare(capsys, "pygmy", "pygmy")
+    assert (code, body["verdict"], body["control"]) == (0, "CORROBORATED", True)
+    assert body["statistics"]["kl_max"] == 0
+    assert main(["rosetta", "compare-inference", "pygmy", "pygmy", "-p", "def f(n):"]) == 0
+    assert "a control: both are the same file" in capsys.readouterr().out
+
+
+def test_compare_inference_of_other_vocabularies_and_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Undecided with the reason, exit 11; the overlap is not compared."""
+    from tests.model.conftest import write_tiny
+
+    code, body = compare(capsys, "pygmy", write_tiny(tmp_path / "other"))
+    assert (code, body["verdict"], body["compared"]) == (11, "INCONCLUSIVE", 0)
+    assert "a vocabulary of 331 cannot be held against one of 1024" in body["reason"]
+    deep = write_tiny(tmp_path / "deep", num_hidden_layers=3)
+    assert "3 layers cannot be held against 2" in compare(capsys, tmp_path / "other", deep)[1]["reason"]
+
+
+def test_a_refused_file_is_not_compared(capsys: pytest.CaptureFixture[str], refused: Path) -> None:
+    """The gate stands before the command, for both sides."""
+    for sides in (("pygmy", refused), (refused, "pygmy")):
+        assert main(["rosetta", "compare-inference", *map(str, sides)]) == 5
+    assert "contract violation" in capsys.readouterr().err
