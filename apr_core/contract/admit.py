@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from apr_core.contract.gates import (
     Violation,
+    judge_cover,
     judge_keys,
     judge_layout,
     judge_tensor,
@@ -51,7 +52,8 @@ def admit(source: str | Path | Checkpoint, *, skip: bool = False, progress: Prog
             f"expected a config.json beside {checkpoint.path}, found none", advice="copy it from the model's own folder"
         )
     geometry, problems = geometry_of(checkpoint, checkpoint.config)
-    found = judge_keys(problems) if geometry is None else judge_layout(checkpoint, geometry)
+    # what the container says of itself can be judged whatever the config lacks
+    found = judge_layout(checkpoint, geometry) if geometry else judge_cover(checkpoint) + judge_keys(problems)
     names = _judged(checkpoint, geometry)
     broken = {v.tensor for v in found if v.rule == "byte_difference"}
     stats, data = _measure(checkpoint, [name for name in names if name not in broken], progress)

@@ -233,6 +233,16 @@ def test_an_unknown_architecture_is_refused_by_name(family: object, save: Save) 
         admit(folder, skip=True).require()
 
 
+def test_the_container_of_an_unknown_architecture_is_judged(tmp_path: Path) -> None:
+    """A page behind the last tensor is seen whatever the model calls itself."""
+    path = write_gguf(tmp_path / "m.gguf", "llama", tensors_of("llama"))
+    whole = path.read_bytes().replace(b"llama", b"lhama")
+    path.write_bytes(whole + bytes(4096))
+    assert [v.rule for v in admit(path).violations] == ["unexplained_bytes", "config_keys"]
+    path.write_bytes(whole)
+    assert [v.rule for v in admit(path).violations] == ["config_keys"]
+
+
 def test_no_architecture_is_no_qwen2(save: Save) -> None:
     """A config that does not say what it is of is not guessed at."""
     (violation,) = admit(save(tensors_of("llama"), config_of("llama", model_type=None))).violations
