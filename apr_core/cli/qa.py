@@ -211,7 +211,8 @@ def _golden(exam: Examination) -> Outcome:
         answer = generate(model, prepared, max_new_tokens=exam.order.max_tokens)
         for _ in answer:
             pass
-        complaint = judge_answer(answer.text, accepts)
+        # before the text: reserved rows decode to nothing, and "empty" would hide that the head is read wrongly
+        complaint = "; ".join(map(str, answer.violations)) or judge_answer(answer.text, accepts)
         if complaint:
             wrong.append(f"{messages[-1]['content']!r}: {complaint}")
     right = len(cases) - len(wrong)

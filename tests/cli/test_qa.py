@@ -17,7 +17,7 @@ from apr_core.cli import qa
 from apr_core.cli.app import main
 from apr_core.cli.qa import NAMES, Examination, Order, Outcome, SkippedGate
 from apr_core.engines.subject import obtain
-from apr_core.engines.wrap import wrap
+from apr_core.engines.wrap import At, wrap
 from apr_core.errors import InferenceError
 from apr_core.model.tokens import prepare_tokens
 from apr_core.peers import rates
@@ -189,6 +189,20 @@ def test_golden_output_fails_for_another_answer(subject: Any, monkeypatch: pytes
     assert len(qa._cases(subject)) == 2
     assert [accepts("It is 4.") for _, accepts in qa._cases(subject)] == [True, False]
     assert not qa._cases(subject)[1][1]("!")
+
+
+def test_golden_output_names_repeated_padding(subject: Any) -> None:
+    """F-LAYOUT-CONTRACT-005, judged where tokens are generated: a head that prefers reserved rows is named."""
+    exam = Examination(Order("pygmy"), subject)
+    tokens = subject.tokenizer.vocab_size
+
+    def prefer(name: str, values: Any, at: At) -> Any:
+        return None if name != "logits" else np.where(np.arange(values.shape[-1]) >= tokens, values + 1e3, values)
+
+    exam._engines[exam.device] = wrap(subject.model, prefer)
+    found = qa._golden(exam)
+    assert (found.holds, found.value) == (False, 0)
+    assert "[F-LAYOUT-CONTRACT-005] generation: 32 padding tokens in a row, at most 1" in found.message
 
 
 def test_capability_fails_for_what_no_engine_has(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
