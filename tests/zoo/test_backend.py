@@ -40,7 +40,7 @@ WIDTHS = {"q": 64, "k": 32, "v": 32, "logits": 300}
 BY_ID = {d.id: d for d in DEFECTS}
 ON_A_CPU = [f"F-PAR-00{n}" for n in range(1, 8)]
 ALONE = {
-    "F-PAR-001": "logits-offset-all",
+    "F-PAR-001": "logits-offset-normalised",
     "F-PAR-002": "cancels-in-scores-factor",
     "F-PAR-003": "cache-overwritten-prompt-end",
     "F-PAR-006": "hears-itself-second",
