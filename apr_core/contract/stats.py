@@ -26,6 +26,7 @@ from apr_core.errors import AprError, UsageError
 from apr_core.formats import codecs
 from apr_core.formats.checkpoint import RawTensor, TensorInfo
 from apr_core.kernels import stats as kernel
+from apr_core.kernels.codecs import decode_bytes, load_decoders
 from apr_core.kernels.cpu.features import available_cores
 from apr_core.kernels.stats import Limits, Part, Scanned
 
@@ -159,7 +160,7 @@ class _Cut:
         by_rows = dtype.layout == "row" and self.width != dtype.block_bytes
         elements = min(stop * self.unit, count) - start * self.unit
         shape = (stop - start, self.unit) if by_rows else (elements,)
-        return codecs.decode_bytes(dtype, self.stored(start, stop), shape).reshape(-1)
+        return decode_bytes(dtype, self.stored(start, stop), shape).reshape(-1)
 
     def _byte(self, unit: int) -> int:
         return min(self.header + unit * self.width, self.raw.data.size)
@@ -222,6 +223,8 @@ def measure_all(
     """
     nbytes = sum(raw.data.size for raw, _ in tensors)
     threads = (threads or available_cores()) if nbytes >= _BATCH else 1
+    if nbytes >= kernel.COMPILED_FROM:
+        load_decoders()
     plans = [_plan(raw, rows) for raw, rows in tensors]
     pieces = chain.from_iterable(plan for plan in plans if not isinstance(plan, AprError))
     table = load_gates()

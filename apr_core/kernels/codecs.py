@@ -21,13 +21,19 @@ WORTH = 1 << 19
 """Elements from which loading numba costs less than it saves; once it is loaded, 32 times fewer are enough."""
 
 
-def _kernels_pay(elements: int) -> bool:
-    enough = WORTH >> 5 if "apr_core.kernels.cpu.encode" in sys.modules else WORTH
+def load_decoders() -> None:
+    """Load the compiled decoders for somebody who will decode much in small pieces; without numba, do nothing."""
+    if has_numba():
+        import apr_core.kernels.cpu.decode  # noqa: F401
+
+
+def _kernels_pay(elements: int, module: str) -> bool:
+    enough = WORTH >> 5 if f"apr_core.kernels.cpu.{module}" in sys.modules else WORTH
     return elements >= enough and sys.byteorder == "little" and has_numba()
 
 
 def _encoder(dtype: QuantFormat, elements: int) -> codecs.Encoder | None:
-    if not _kernels_pay(elements):
+    if not _kernels_pay(elements, "encode"):
         return None
     from apr_core.kernels.cpu.encode import ENCODERS
 
@@ -35,7 +41,7 @@ def _encoder(dtype: QuantFormat, elements: int) -> codecs.Encoder | None:
 
 
 def _decoder(dtype: QuantFormat, elements: int) -> codecs.Decoder | None:
-    if not _kernels_pay(elements):
+    if not _kernels_pay(elements, "decode"):
         return None
     from apr_core.kernels.cpu.decode import DECODERS
 

@@ -201,7 +201,7 @@ def test_what_cannot_be_decoded_is_refused(
     def decode(*_: object) -> None:
         raise Unavailable("no decoder for F64", advice="upgrade it")
 
-    monkeypatch.setattr(stats.codecs, "decode_bytes", decode)
+    monkeypatch.setattr(stats, "decode_bytes", decode)
     tensors[DOWN] = tensors[DOWN].astype(np.float64)
     admission = admit(save(tensors, config))
     assert (len(admission.violations), admission.measured) == (1, 25)
