@@ -97,8 +97,6 @@ def parity(
         for candidate in body["candidates"]:
             rows = [(p["name"], p["verdict"], _short(p["times_limit"]), p["reason"]) for p in candidate["parts"]]
             show_table((f"{candidate['backend']} on {candidate['device']}", "verdict", "of its limit", "reason"), rows)
-        for opinion in body["opinions"]:
-            show(f"opinion of {opinion['peer']}: {opinion['reason'] or opinion['said']}")
         for missing in body["not_available"]:
             show(f"not available: {missing['backend']}: {missing['reason']}")
         if body["against_reference"]:
@@ -179,7 +177,7 @@ def examine_all(subject: Subject, source: Subject | None, device: str) -> dict[s
         device: ``cpu`` leaves CUDA out, ``auto`` takes it where there is one, ``cuda`` demands it.
 
     Returns:
-        model, verdict, reason, noise_floor, candidates, not_available, opinions, against_reference, bypassed.
+        model, verdict, reason, noise_floor, candidates, not_available, against_reference, bypassed.
     """
     from apr_core.engines.load import ENGINES, build
     from apr_core.parity.pair import hold
@@ -204,7 +202,6 @@ def examine_all(subject: Subject, source: Subject | None, device: str) -> dict[s
         "noise_floor": bench.floors["exact"]["near"].rows(),
         "candidates": [_candidate(report, precision, bench) for report, precision in reports],
         "not_available": missing,
-        "opinions": [],
         "against_reference": pair_body(hold(source, subject, ids, PREFILL)) if source else None,
     }
     verdicts = [report.verdict for report, _ in reports]

@@ -79,7 +79,7 @@ class PlainQwen2:
             seen[f"layers.{layer}.resid_ffn"] = hidden
         state.length += ids.size
         seen["final_hidden"] = hidden = self._rms(hidden, "model.norm.weight")
-        seen["logits"] = logits = _product(hidden, self._head)
+        seen["logits"] = logits = self._logits(hidden)
         if trace is not None:
             for name, values in seen.items():
                 trace.record(name, values)
@@ -145,6 +145,9 @@ class PlainQwen2:
         size = np.sqrt((x * x).sum(axis=1) / x.shape[1] + self.config.rms_norm_eps)
         scaled: F64 = x / size[:, None] * self._tensors[name].values().astype(np.float64)
         return scaled
+
+    def _logits(self, x: F64) -> F64:
+        return _product(x, self._head)
 
     def _times(self, x: F64, name: str) -> F64:
         """Apply the projection ``name`` to each row of ``x``, its bias included when it has one."""

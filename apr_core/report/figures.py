@@ -34,6 +34,7 @@ from apr_core.report.style import (
     VERMILLION,
     adaptive,
     finish,
+    log_ticks,
     new_figure,
     style,
     svg,
@@ -273,7 +274,7 @@ def plot_power(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
             if sighted and np.isfinite(sighted[0][0]):
                 said.append(f"{label(kind, 40)}: {label(sighted[0][1], 22)} from {sighted[0][0]:.3g} on")
             ax.set_xscale("log")
-            _log_ticks(ax.xaxis)
+            log_ticks(ax.xaxis)
             ax.set_ylim(-0.06, 1.06)
             ax.set_title(label(kind, 60), loc="left")
             _axes(ax, "", "share seen")
@@ -411,7 +412,7 @@ def scale_y(ax: Axes, values: Floats, limits: Sequence[float], zero: str = "are 
     floor = 10.0 ** (np.floor(np.log10(positive.min())) - below)
     ax.set_ylim(bottom=floor / 2, top=positive.max() * 4)  # first: a scale of equal values warns when it sets itself
     ax.set_yscale("log")
-    _log_ticks(ax.yaxis)
+    log_ticks(ax.yaxis)
     hollow = 0
     for line in list(ax.lines):
         y = np.asarray(line.get_ydata(), dtype=np.float64)
@@ -441,7 +442,7 @@ def _time_scale(ax: Axes, groups: Sequence[Floats], factor: float) -> None:
     values = np.concatenate(groups) * factor
     if values.max() > 30 * values.min():
         ax.set_xscale("log")
-        _log_ticks(ax.xaxis)
+        log_ticks(ax.xaxis)
         ax.set_xlim(values.min() / 2, values.max() * 2)
     else:
         ax.set_xlim(0, values.max() * 1.15)
@@ -467,15 +468,6 @@ def _whole_numbers(ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-
-
-def _log_ticks(axis: Any) -> None:
-    """Write powers as ``1e-07``: matplotlib's own are mathematics, which the style turns off."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0e}" if not 0.01 <= v <= 1000 else f"{v:g}"))
-    axis.set_minor_locator(NullLocator())
 
 
 def _layer_ticks(ax: Axes, last: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apr_core.report.figures import label
-from apr_core.report.style import BLUE, GREEN, INK, MUTED, VERMILLION, finish, new_figure, style
+from apr_core.report.style import BLUE, GREEN, INK, MUTED, VERMILLION, finish, log_ticks, new_figure, style
 from apr_core.report.text import number
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def plot_roles(rows: Rows, limits: Sequence[float] = ()) -> Figure | None:
         size.plot(rms, at, "s", ms=3.5, color=GREEN)
         if (rms[np.isfinite(rms)] > 0).any():
             size.set_xscale("log")
+            log_ticks(size.xaxis)
         span.hlines(at, low, high, color=INK, lw=1)
         span.plot(low, at, "|", ms=6, color=BLUE)
         span.plot(high, at, "|", ms=6, color=VERMILLION)

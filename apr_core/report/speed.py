@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apr_core.report.material import Source, is_number, material
-from apr_core.report.style import COLOURS, INK, MARKERS, finish, style
+from apr_core.report.style import COLOURS, INK, MARKERS, finish, log_ticks, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,8 +48,9 @@ def plot_compiled(source: Source) -> Figure | None:
             figure,
             alt=f"Roofline: decoding reaches {share:.0%} of the measured bandwidth. Most of a token's time: {most}. "
             f"Rate at {len(at)} lengths of context.",
-            caption="Were the claim false and the rate real, the point of decode would lie above the slanted line: "
-            "more bytes per second than the machine reads. A point far below it is explained by the bars.",
+            caption="Were the claim false, this would be the rate of wrong tokens; were the rate unreal, the point of "
+            "decode would lie above the slanted line: more bytes per second than the machine reads. A point far below it "
+            "is explained by the bars.",
             left=1.45,
         )
         finished.subplots_adjust(hspace=0.75)
@@ -69,8 +70,10 @@ def _roofline(ax: Axes, values: Mapping[str, float]) -> None:
         ax.plot(intensity, rate, MARKERS[i], ms=7, ls="", color=COLOURS[i], label=name)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_xlabel("operations per byte of weights")
-    ax.set_ylabel("10⁹ operations / s")
+    log_ticks(ax.xaxis)
+    log_ticks(ax.yaxis)
+    ax.set_xlabel("intensity (operations per byte of weights)")
+    ax.set_ylabel("rate (10⁹ operations/s)")
     ax.legend(loc="best")
 
 

@@ -152,3 +152,12 @@ def adaptive(text: str) -> str:
 def data_uri(text: str) -> str:
     """An SVG as the address of an image: as an image it cannot run scripts or load anything."""
     return "data:image/svg+xml;base64," + base64.b64encode(text.encode("utf-8")).decode("ascii")
+
+
+def log_ticks(axis: Any) -> None:
+    """Write powers as ``1e-07``: matplotlib's own are mathematics, which the style turns off."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0e}" if not 0.01 <= v <= 1000 else f"{v:g}"))
+    axis.set_minor_locator(NullLocator())

@@ -188,4 +188,4 @@ def test_a_refused_file_is_not_compared(capsys: pytest.CaptureFixture[str], refu
     """The gate stands before the command, for both sides."""
     for sides in (("pygmy", refused), (refused, "pygmy")):
         assert main(["rosetta", "compare-inference", *map(str, sides)]) == 5
-    assert "contract violation" in capsys.readouterr().err
+    assert "is refused by the contract" in capsys.readouterr().err

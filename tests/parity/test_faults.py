@@ -115,10 +115,8 @@ class CacheOverwritten(PlainQwen2):
 class HeadTransposed(PlainQwen2):
     """The output matrix is read in the other layout."""
 
-    def _times(self, x: F64, name: str) -> F64:
-        if name not in ("lm_head", "model.embed_tokens"):
-            return super()._times(x, name)
-        weight = self._tensors[f"{name}.weight"].values()
+    def _logits(self, x: F64) -> F64:
+        weight = self._head.values()
         return x @ weight.reshape(weight.shape[1], weight.shape[0]).astype(np.float64)
 
 
@@ -142,12 +140,11 @@ class Tf32(PlainQwen2):
 class Shuffled(PlainQwen2):
     """98 % of the logits are permuted; the norm and the top token stay."""
 
-    def _times(self, x: F64, name: str) -> F64:
-        out = super()._times(x, name)
-        if out.shape[1] == self.config.vocab_size:
-            for row in out:
-                low = np.argsort(row)[: int(0.98 * row.size)]
-                row[low] = row[np.roll(low, 7)]
+    def _logits(self, x: F64) -> F64:
+        out = super()._logits(x)
+        for row in out:
+            low = np.argsort(row)[: int(0.98 * row.size)]
+            row[low] = row[np.roll(low, 7)]
         return out
 
 

@@ -94,6 +94,12 @@ def finding_of(claim_id: str, *, names: list[str] | None = None) -> Finding:
         values[0, :3] = 0
         arrays = {"position": np.arange(63), "name": np.array(["logits"]), "rel_l2": values}
         return Finding(float(values.max()), 63, 63, arrays=arrays, reference="numpy in float64")
+    if claim_id == "F-THR-010":
+        timed = {"decode_tok_s": 20.0, "prefill_tok_s": 200.0, "read_gb_s, best": 25.0, "prompt": 32, "ms: head": 10.0}
+        weighed = {"bytes per token": 4e8, "operations per token": 1e9}
+        rows = [{"quantity": name, "value": value} for name, value in {**timed, **weighed}.items()]
+        arrays = {"context_tokens": np.array([128, 1024]), "context_s": np.array([0.05, 0.1])}
+        return Finding(0.0, 160, 160, rows=rows, arrays=arrays)
     if claim_id == "F-GT-002":
         return Finding(0.0, 62, 62, arrays={"rel_l2_gguf": np.zeros(31), "rel_l2_apr": np.zeros(31)})
     if claim_id == "F-GT-008":

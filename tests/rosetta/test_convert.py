@@ -589,6 +589,7 @@ def test_a_signal_in_the_middle_leaves_nothing(signal_name: str, target: str, ti
     """The command line's own process, struck by a signal half way: no target, no stump, the shell's exit code."""
     script = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background inherits it ignored
         "from apr_core.rosetta import convert as room\n"
         "from apr_core.formats import sink\n"
         "write = sink.Sink.write_tensor\n"
