@@ -49,8 +49,8 @@ def plot_compiled(source: Source) -> Figure | None:
             alt=f"Roofline: decoding reaches {share:.0%} of the measured bandwidth. Most of a token's time: {most}. "
             f"Rate at {len(at)} lengths of context.",
             caption="Were the claim false, this would be the rate of wrong tokens; were the rate unreal, the point of "
-            "decode would lie above the slanted line: more bytes per second than the machine reads. A point far below it "
-            "is explained by the bars.",
+            "decode would lie above the slanted line: more bytes per second than the machine reads. A point far below "
+            "it is explained by the bars.",
             left=1.45,
         )
         finished.subplots_adjust(hspace=0.75)
