@@ -35,11 +35,6 @@ def register(app: typer.Typer) -> None:
     app.add_typer(zoo.app, name="zoo")
 
 
-def _skips(context: typer.Context, here: bool) -> bool:
-    """``--skip-contract`` counts before and after the command."""
-    return here or bool((context.obj or {}).get("skip_contract"))
-
-
 def run(
     context: typer.Context,
     model: Model,
@@ -140,7 +135,7 @@ def qa(
     skip_contract: SkipContract = False,
 ) -> None:
     """Put a model through eleven gates. From its capabilities to its speed; 5 when one fails, 11 when too few ran."""
-    bypass = _skips(context, skip_contract)
+    bypass = context.obj["skip_contract"]  # before the command or behind it: the dispatch has joined the two
     limits = {"throughput": assert_tps, "ollama_parity": assert_speedup, "gpu_speedup": assert_gpu_speedup}
     given = {name: value for name, value in limits.items() if value is not None}
     numbers = {"min_executed": min_executed, "iterations": iterations, "max_tokens": max_tokens}
@@ -233,6 +228,6 @@ def suite(
         out=out,
         timeout_s=timeout_s,
         parameters=parameters,
-        skip_contract=_skips(context, skip_contract),
+        skip_contract=context.obj["skip_contract"],  # before the command or behind it
     )
     raise typer.Exit(code)

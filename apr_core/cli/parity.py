@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apr_core.cli import rosetta
-from apr_core.cli.dispatch import SkipContract, admission_of
+from apr_core.cli.dispatch import admission_of
 from apr_core.errors import Exit, Unavailable, UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ def trace(
     reference: Reference = "",
     diff: Annotated[bool, typer.Option("--diff", help="Show the distance to --reference.")] = False,
     as_json: AsJson = False,
-    skip_contract: SkipContract = False,
 ) -> None:
     """Show what every layer computes, as fingerprints; describes and judges nothing (apr parity does)."""
     from apr_core.cli.output import show, show_json, show_table
@@ -82,7 +81,6 @@ def parity(
     reference: Reference = "",
     device: Device = "auto",
     as_json: AsJson = False,
-    skip_contract: SkipContract = False,
 ) -> None:
     """Hold every backend that runs here against the float32 reference; exit 5 when one is refuted."""
     from apr_core.cli.output import show, show_json, show_table
@@ -111,7 +109,6 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="A text; a bundled one when left out.")] = None,
     base: Annotated[str, typer.Option(metavar="MODEL", help="Also the divergence from this model.")] = "",
     as_json: AsJson = False,
-    skip_contract: SkipContract = False,
 ) -> None:
     """Perplexity on a text, and the divergence from a base model on the same text."""
     from apr_core.cli.output import show, show_json
@@ -147,7 +144,6 @@ def compare_inference(
     b: Annotated[str, typer.Argument(metavar="B", help="The candidate.", show_default=False)],
     text: Annotated[str, typer.Option("-p", "--prompt", metavar="TEXT", help="What both read.")] = "",
     as_json: AsJson = False,
-    skip_contract: SkipContract = False,
 ) -> None:
     """Feed two files the same tokens through their caches; exit 5 when they are further apart than their types say."""
     from apr_core.cli.output import show, show_json, show_table

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from apr_core.cli.output import WHOLE, note
-from apr_core.engines.subject import DEVICES
 from apr_core.errors import UsageError
 from apr_core.report.text import clean, seconds
 
@@ -53,8 +52,6 @@ def answer(
     from apr_core.model.generate import generate
     from apr_core.model.tokens import load_tokenizer
 
-    if device not in DEVICES:
-        raise UsageError(f"expected a device of {', '.join(DEVICES)}, found {device!r}")
     with admission.checkpoint as checkpoint:
         # Before the weights are decoded: a missing tokenizer or a refused prompt shows at once.
         prepared = _prepare(load_tokenizer(checkpoint), prompt, system, raw=raw)

@@ -23,7 +23,7 @@ from typing import Any
 from apr_core.dtypes import QuantFormat
 from apr_core.errors import LoadError, ReadWriteError
 from apr_core.formats import names
-from apr_core.formats.checkpoint import Checkpoint
+from apr_core.formats.checkpoint import Checkpoint, read_companion
 from apr_core.model.vocabulary import QWEN2_PRE_TOKENIZER, Vocabulary, read_vocabulary
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of GGUF
@@ -269,7 +269,7 @@ def folder_files(checkpoint: Checkpoint, identity: Identity, quantize: str | Non
         for name in COMPANIONS:
             path = checkpoint.folder / name
             try:
-                files |= {name: path.read_bytes()} if path.is_file() else {}
+                files |= {name: read_companion(path)} if path.is_file() else {}
             except OSError as error:
                 raise ReadWriteError(f"cannot read {path}: {error.strerror}", advice="check permissions") from error
         if quantize in _TORCH:
