@@ -20,6 +20,7 @@ from apr_core.falsify.evidence import Evidence
 from apr_core.falsify.finding import Finding
 from apr_core.falsify.rounds import Round
 from apr_core.report.text import clean, esc, limit_of, number, quantity, table
+from apr_core.report.whys import whys_html
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,7 @@ def _lines(lines: Sequence[str], rows: Sequence[Mapping[str, Any]] = (), whys: S
         html += Markup("<p>{}</p>").format(Markup("<br>").join(esc(line) for line in rest))
     html += _scrolled(table([dict(r) for r in rows]), len(rows))
     if whys:
-        html += Markup('<ol class="apr-whys">{}</ol>').format(
-            Markup("").join(Markup("<li><strong>{}</strong> {}</li>").format(esc(q), esc(a)) for q, a in whys)
-        )
+        html += whys_html(whys)
     text = [first, *rest, *([_text_table(rows)] if rows else [])]
     return Shown(html, "\n".join([*text, *(f"  {i}. {clean(q)} {clean(a)}" for i, (q, a) in enumerate(whys, 1))]))
 
