@@ -23,6 +23,9 @@ layers:  ## import-linter
 test:  ## unit tests with branch coverage
 	$(PY)pytest -q -m "not slow and not browser" --cov
 
+test-gpu:  ## parity on a CUDA device; one archive of evidence in $OUT
+	bash ci/run_gpu.sh
+
 attacks:  ## hostile files, and 2,000 damaged ones
 	$(PY)pytest -q tests/attacks
 
@@ -63,4 +66,4 @@ test-browser:  ## the last report and the notebooks in a real browser
 clean:  ## caches
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
-.PHONY: help setup fmt lint types layers test attacks attacks-long notebooks report size check slow bench bench-formats bench-gate bench-reference test-browser clean
+.PHONY: help setup fmt lint types layers test test-gpu attacks attacks-long notebooks report size check slow bench bench-formats bench-gate bench-reference test-browser clean

@@ -172,10 +172,10 @@ def make_evidence(
         subject=asdict(subject),
         reference={
             "name": finding.reference,
-            "noise_floor": _clean(finding.noise_floor),
+            "noise_floor": jsonable(finding.noise_floor),
             "subject": asdict(reference) if reference and "reference" in claim.needs else None,
         },
-        parameters=_clean(dict(parameters)),
+        parameters=jsonable(dict(parameters)),
         measured={
             "name": claim.metric,
             "value": float(finding.value) if finite and finding.value is not None else None,
@@ -193,7 +193,7 @@ def make_evidence(
         verdict=verdict,
         reason=reason,
         provenance=dict(provenance),
-        rows=tuple(_clean(dict(r)) for r in list(finding.rows)[:MAX_ROWS]),
+        rows=tuple(jsonable(dict(r)) for r in list(finding.rows)[:MAX_ROWS]),
         rows_omitted=max(0, len(finding.rows) - MAX_ROWS),
         whys=tuple((str(q), str(a)) for q, a in finding.whys),
     )
@@ -280,12 +280,12 @@ def _required_tolerance(claim: Claim, value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def _clean(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """Plain JSON values: numpy scalars become Python's, non-finite numbers become null, the rest becomes text."""
     if isinstance(value, Mapping):
-        return {str(k): _clean(v) for k, v in value.items()}
+        return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(v) for v in value]
+        return [jsonable(v) for v in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):

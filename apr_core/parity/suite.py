@@ -103,20 +103,31 @@ class Bench:
         reference: The float32 torch forward.
         ids: The stimulus.
         traces: Part -> the reference's trace.
-        floors: Precision -> part -> floor.
+        floors: Precision -> part -> floor; empty where a contract decides.
+        contract: One limit on rel_l2 for every name, in place of the floors.
     """
 
     reference: TracedForward
     ids: Ids
     traces: Mapping[str, Trace]
     floors: Mapping[str, Mapping[str, Floor]]
+    contract: float | None = None
 
     def limits(self, part: str, precision: str) -> dict[str, float]:
         """Limits on rel_l2 per name."""
+        if self.contract is not None:
+            return dict.fromkeys(self.traces[part], self.contract)
         return self.floors["speed" if precision == "speed" else "exact"][part].limits
 
 
-def prepare(validated: ValidatedModel, reference: TracedForward, ids: Ids, precisions: Sequence[str] = ()) -> Bench:
+def prepare(
+    validated: ValidatedModel,
+    reference: TracedForward,
+    ids: Ids,
+    precisions: Sequence[str] = (),
+    *,
+    contract: float | None = None,
+) -> Bench:
     """
     Trace the reference and measure its noise floor.
 
@@ -125,15 +136,16 @@ def prepare(validated: ValidatedModel, reference: TracedForward, ids: Ids, preci
         reference: The float32 torch forward of it.
         ids: At least ``POSITIONS`` ids where the context allows.
         precisions: Of the candidates; ``speed`` needs the floor of rounded activations too.
+        contract: A limit that was agreed for all names; no floor is measured then, which saves five forwards.
     """
     room = reference.config.max_position_embeddings
     ids = ids[: min(POSITIONS, room)]
     runs = {"near": path(ids, PREFILL)}
     length = min(ids.size, FAR_PREFILL + FAR_STEPS)
     runs |= {f"far {at}": path(ids[:length], FAR_PREFILL, at) for at in FAR if at + length <= room}
-    kinds = {"exact"} | ({"speed"} & set(precisions))
+    kinds = {"exact"} | ({"speed"} & set(precisions)) if contract is None else set[str]()
     floors = {kind: {name: noise_floor(validated, run, kind) for name, run in runs.items()} for kind in kinds}
-    return Bench(reference, ids, {name: run(reference) for name, run in runs.items()}, floors)
+    return Bench(reference, ids, {name: run(reference) for name, run in runs.items()}, floors, contract)
 
 
 def examine(bench: Bench, candidate: TracedForward, precision: str = "exact") -> SuiteReport:
@@ -147,7 +159,9 @@ def examine(bench: Bench, candidate: TracedForward, precision: str = "exact") ->
     """
     parts = list(examinations(bench, candidate, precision))
     control = type(candidate) is type(bench.reference) and candidate.device == bench.reference.device
-    floor = bench.floors["speed" if precision == "speed" else "exact"]["near"]
+    floor = Floor({})
+    if bench.contract is None:
+        floor = bench.floors["speed" if precision == "speed" else "exact"]["near"]
     notes = [f"far {at}: beyond the context of this model" for at in FAR if f"far {at}" not in bench.traces]
     return SuiteReport(candidate.backend, candidate.device, bench.reference.backend, parts, floor, control, notes)
 
