@@ -250,7 +250,7 @@ def read_evidence(path: Path) -> Evidence:
     try:
         body = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         if body["schema"] != SCHEMA:
-            raise ValueError(f"schema {body['schema']}")
+            raise ValueError(too_new(body["schema"]))
         return Evidence(
             **{
                 **body,
@@ -270,9 +270,10 @@ def read_evidence(path: Path) -> Evidence:
         ) from error
 
 
-def read_folder(folder: Path) -> list[Evidence]:
-    """Read every record in a folder, in a stable order (claim id, then attempt)."""
-    return [read_evidence(p) for p in sorted(folder.glob("*.json"))]
+def too_new(schema: object) -> str:
+    """Say what is wrong with another schema than ours."""
+    newer = isinstance(schema, int) and schema > SCHEMA
+    return f"schema {schema}, written by {'a newer' if newer else 'another'} apr_core"
 
 
 def _required_tolerance(claim: Claim, value: float | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,20 @@ from apr_core.errors import Exit, FormatError, UsageError
 from apr_core.falsify.claims import PINNED, Claim, claims_of, load_claims, threshold_digest
 from apr_core.falsify.evidence import (
     DECIDES,
+    SCHEMA,
     Evidence,
     SubjectRecord,
     contradiction,
     make_evidence,
     read_evidence,
-    read_folder,
+    too_new,
     write_evidence,
 )
 from apr_core.falsify.finding import Finding
 from apr_core.falsify.verdict import NEEDS, NotRun, Verdict
 
 # Several attempts at one claim (merged runs): the worst that was really tried speaks.
-_WORST_FIRST = (Verdict.FALSIFIED, Verdict.INCONCLUSIVE, Verdict.CORROBORATED, Verdict.NOT_RUN)
+WORST_FIRST = (Verdict.FALSIFIED, Verdict.INCONCLUSIVE, Verdict.CORROBORATED, Verdict.NOT_RUN)
 
 
 class Round:
@@ -105,6 +106,7 @@ class Conclusion:
         score: Severity-weighted share of the declared claims that are corroborated, 0 to 1.
         counts: Verdict -> how many of those claims.
         exit_code: As house and README have it.
+        damaged: Evidence file -> why it cannot be believed; a run with one is incomplete, whatever the others say.
     """
 
     verdict: Verdict
@@ -113,6 +115,13 @@ class Conclusion:
     score: float
     counts: Mapping[str, int]
     exit_code: Exit
+    damaged: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        """Declared claims that left no record, not even a damaged one."""
+        lost = {name.rsplit("-", 2)[0] for name in self.damaged}
+        return [k for k, (_, _, evidence) in self.by_claim.items() if evidence is None and k not in lost]
 
 
 def declare(
@@ -140,7 +149,7 @@ def declare(
         parameters: As the notebooks get them.
     """
     body = {
-        "schema": 1,
+        "schema": SCHEMA,
         "notebooks": list(notebooks),
         "asked": sorted(asked),
         "subject": asdict(subject),
@@ -165,6 +174,8 @@ def read_declared(folder: Path) -> dict[str, Any]:
     path = folder / "declared.json"
     try:
         body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if body["schema"] != SCHEMA:
+            raise ValueError(too_new(body["schema"]))
         rows = {c["id"]: c for c in body["claims"]}
         missing = [c.id for n in body["notebooks"] for c in claims_of(n) if c.id not in rows]
         fixed = (*DECIDES, "severity")
@@ -185,13 +196,16 @@ def conclude(folder: Path, broken: Mapping[str, str] | None = None) -> Conclusio
     """
     Read a run folder and conclude: a function of the files alone.
 
+    An evidence file that is unreadable, of a newer schema, or at odds with itself or its run is left out, named in
+    ``damaged`` and ends in exit 4: the other claims can still be read, and nothing looks complete.
+
     Args:
         folder: Run folder with ``declared.json`` and ``evidence/``.
         broken: Notebook -> why it did not complete (raised, died, timed out, left cells unexecuted).
 
     Raises:
-        FormatError: ``declared.json`` or an evidence file cannot be read, evidence contradicts itself or its run, or
-            the thresholds were edited without a version.
+        FormatError: ``declared.json`` cannot be read, the records are about different files, or the thresholds were
+            edited without a version.
     """
     if threshold_digest() != PINNED:
         raise FormatError(
@@ -201,17 +215,17 @@ def conclude(folder: Path, broken: Mapping[str, str] | None = None) -> Conclusio
             advice="raise the version of the claim that was edited, write a decision note, pin the new digest",
         )
     declared = read_declared(folder)
-    evidence = read_folder(folder / "evidence")
-    if why := _foreign(evidence, declared):
-        raise FormatError(
-            expected="evidence that agrees with itself and its run", found=why, file=folder, advice="run again"
-        )
+    evidence, damaged = _read(folder / "evidence", bypassed=bool(declared["subject"]["bypassed"]))
+    if why := _two_files(evidence, declared):
+        raise FormatError(expected="evidence about one file", found=why, file=folder, advice="keep the runs apart")
     asked = frozenset(declared["asked"])
     by_claim: dict[str, tuple[Verdict, str, Evidence | None]] = {}
     holes: list[str] = []
     for row in declared["claims"]:
         claim = load_claims()[row["id"]]
-        verdict, reason, chosen = _speaks([e for e in evidence if e.id == claim.id], declared, broken or {}, claim)
+        verdict, reason, chosen = _speaks(
+            [e for e in evidence if e.id == claim.id], declared, broken or {}, claim, damaged
+        )
         by_claim[claim.id] = (verdict, reason, chosen)
         if _is_hole(claim, verdict, reason, chosen, asked):
             holes.append(claim.id)
@@ -220,19 +234,29 @@ def conclude(folder: Path, broken: Mapping[str, str] | None = None) -> Conclusio
         # line a refutation that lies in the folder would be left out of the verdict because nobody had declared it.
         if e.verdict is Verdict.FALSIFIED:
             by_claim.setdefault(e.id, (e.verdict, e.reason, e))
-    return _verdict(declared, by_claim, holes, broken or {})
+    return _verdict(declared, by_claim, holes, broken or {}, damaged)
 
 
-def _foreign(evidence: Sequence[Evidence], declared: Mapping[str, Any]) -> str:
-    """Say which record cannot belong to this run as it stands; empty when all can."""
-    bypassed = bool(declared["subject"]["bypassed"])
-    for e in evidence:
-        why = contradiction(e)
-        if not why and bypassed and e.verdict is Verdict.CORROBORATED:
-            why = "CORROBORATED in a run that bypassed the contract"
+def _read(folder: Path, *, bypassed: bool) -> tuple[list[Evidence], dict[str, str]]:
+    """Read every record, in the order of the names: those that can be believed, and the files that cannot, with why."""
+    records, damaged = [], {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            e = read_evidence(path)
+            why = contradiction(e)
+            if not why and bypassed and e.verdict is Verdict.CORROBORATED:
+                why = "CORROBORATED in a run that bypassed the contract"
+        except FormatError as error:
+            why = error.found
         if why:
-            return f"{e.id}, attempt {e.attempt}: {why}"
-    # The file changed while it was examined, or the record of another model was copied in.
+            damaged[path.name] = why
+        else:
+            records.append(e)
+    return records, damaged
+
+
+def _two_files(evidence: Sequence[Evidence], declared: Mapping[str, Any]) -> str:
+    """Say that the file changed while it was examined, or that the record of another model was copied in."""
     for side in ([declared["subject"], *(e.subject for e in evidence)], [e.reference["subject"] for e in evidence]):
         hashes = sorted({str(s["sha256"]) for s in side if s and s["sha256"]})
         if len(hashes) > 1:
@@ -241,15 +265,21 @@ def _foreign(evidence: Sequence[Evidence], declared: Mapping[str, Any]) -> str:
 
 
 def _speaks(
-    attempts: list[Evidence], declared: Mapping[str, Any], broken: Mapping[str, str], claim: Claim
+    attempts: list[Evidence],
+    declared: Mapping[str, Any],
+    broken: Mapping[str, str],
+    claim: Claim,
+    damaged: Mapping[str, str],
 ) -> tuple[Verdict, str, Evidence | None]:
     """The attempt that speaks for a claim; without one, the reason why there is none."""
-    for verdict in _WORST_FIRST:
+    for verdict in WORST_FIRST:
         for e in attempts:
             if e.verdict is verdict:
                 return verdict, e.reason, e
     if declared["diagnosis"]:
         return Verdict.NOT_RUN, f"{NotRun.NOT_OPENED}: {declared['diagnosis']['message']}", None
+    if lost := [name for name in damaged if name.startswith(f"{claim.id}-")]:
+        return Verdict.INCONCLUSIVE, f"its evidence cannot be read: {damaged[lost[0]]}", None
     if claim.notebook in broken:
         return Verdict.INCONCLUSIVE, f"the notebook did not complete: {broken[claim.notebook]}", None
     return Verdict.INCONCLUSIVE, "declared, but left no evidence", None
@@ -271,6 +301,7 @@ def _verdict(
     by_claim: Mapping[str, tuple[Verdict, str, Evidence | None]],
     holes: Sequence[str],
     broken: Mapping[str, str],
+    damaged: Mapping[str, str],
 ) -> Conclusion:
     verdicts = {k: v[0] for k, v in by_claim.items()}
     counts = {str(v): sum(x is v for x in verdicts.values()) for v in Verdict}
@@ -294,9 +325,13 @@ def _verdict(
         reason = f"not opened: {declared['diagnosis']['message']}"
         verdict = verdict if refuted else Verdict.INCONCLUSIVE
         code = Exit(declared["diagnosis"]["exit_code"])
+    if damaged:
+        verdict = verdict if refuted else Verdict.INCONCLUSIVE
+        code = Exit.FORMAT
+        reason = f"{reason}; incomplete: {len(damaged)} evidence file{'s' * (len(damaged) > 1)} cannot be read"
     if broken:
         # Verdict and exit code always agree: a notebook that broke after its last claim has not corroborated.
         verdict = verdict if refuted else Verdict.INCONCLUSIVE
         code = Exit.UNEXPECTED
         reason = f"{reason}; did not complete: " + "; ".join(f"{k} ({v})" for k, v in sorted(broken.items()))
-    return Conclusion(verdict, reason, by_claim, score, counts, code)
+    return Conclusion(verdict, reason, by_claim, score, counts, code, damaged)

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from apr_core.errors import Exit
 from apr_core.falsify.claims import NOTEBOOKS
 from apr_core.falsify.evidence import Evidence
-from apr_core.falsify.rounds import Conclusion, read_declared
+from apr_core.falsify.rounds import WORST_FIRST, Conclusion, read_declared
 from apr_core.falsify.verdict import NotRun, Verdict
 from apr_core.report.summary import evidence_file, write_whole
 from apr_core.report.text import clean, columns, esc, limit_of, nbytes, number, percent, quantity, seconds
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+
+SHOWN = ("id", "title", "statement", "prediction", "falsifier", "severity", "round", "metric", "source")
 
 MEANING: dict[Exit, str] = {
     Exit.OK: "nothing was refuted",
@@ -94,6 +96,7 @@ def write_index(folder: Path, conclusion: Conclusion, *, notebooks: Mapping[str,
     declared = _examined(read_declared(folder), conclusion)
     context = {
         "css": stylesheet("palette.css", "index.css"),
+        "script": stylesheet("index.js"),
         "nonce": hashlib.sha256((folder / "declared.json").read_bytes()).hexdigest()[:24],
         "head": _head(declared, conclusion, notebooks),
         "suite": _suite(conclusion),
@@ -101,6 +104,12 @@ def write_index(folder: Path, conclusion: Conclusion, *, notebooks: Mapping[str,
         "subject": _subject(declared["subject"]),
         "reference": _subject(declared["reference"]) if declared["reference"] else None,
         "machine": _machine(declared),
+        "incomplete": {
+            "damaged": conclusion.damaged,
+            "files": len(list((folder / "evidence").glob("*.json"))),
+            "missing": [] if declared["diagnosis"] else conclusion.missing,
+        },
+        "filters": _filters(declared),
         "groups": [_group(name, folder, declared, conclusion, notebooks.get(name)) for name in declared["notebooks"]],
         "left_out": [n for n in NOTEBOOKS if n not in declared["notebooks"]],
         "not_run": _not_run(conclusion),
@@ -110,7 +119,7 @@ def write_index(folder: Path, conclusion: Conclusion, *, notebooks: Mapping[str,
 
 
 def stylesheet(*names: str) -> Markup:
-    """The style sheets of a page, to be put into it."""
+    """The style sheets or scripts of a page, to be put into it."""
     return Markup("".join((TEMPLATES / name).read_text("utf-8") for name in names))
 
 
@@ -145,7 +154,9 @@ def _head(
         "sentence": _sentence(declared, conclusion, name),
         "reason": conclusion.reason,
         "exit_code": int(conclusion.exit_code),
-        "exit_meaning": MEANING[conclusion.exit_code],
+        "exit_meaning": "evidence cannot be read"
+        if conclusion.damaged and conclusion.exit_code is Exit.FORMAT
+        else MEANING[conclusion.exit_code],
         "score": f"{conclusion.score:.2f}",
         "counts": [
             {
@@ -160,6 +171,7 @@ def _head(
         "bypassed": declared["subject"]["bypassed"],
         "refusal": declared["subject"]["refusal"],
         "time": _clock(declared),
+        "glance": _glance(declared, notebooks),
         "broken": [n for n in declared["notebooks"] if n in notebooks and not notebooks[n].complete],
         "refuted": [k for k, v in conclusion.by_claim.items() if v[0] is Verdict.FALSIFIED],
     }
@@ -205,6 +217,31 @@ def published_rates() -> dict[str, Any] | None:
         "date": clean(body.get("date") or body.get("time") or "", 40),
         "code": clean(body.get("code_digest") or body.get("code") or "", 80)[:12],
         "counts": {clean(str(k).replace("_", " "), 40): number(v) for k, v in dict(body.get("counts") or {}).items()},
+    }
+
+
+def _glance(declared: Mapping[str, Any], notebooks: Mapping[str, NotebookStatus]) -> list[str]:
+    """File, reference, machine and duration in a line."""
+    subject, reference, machine = declared["subject"], declared["reference"], declared["provenance"]
+    words = [
+        subject["format"],
+        f"sha256 {subject['sha256'][:12]}" if subject["sha256"] else "",
+        ", ".join(map(str, list(subject["quant"])[:4])),
+        nbytes(int(subject["file_bytes"])) if subject["file_bytes"] else "",
+        f"reference {clean(reference['name'], 80)}" if reference else "no reference",
+        str(machine.get("cpu") or machine.get("platform") or ""),
+        seconds(sum(s.seconds for s in notebooks.values())) if notebooks else "",
+    ]
+    return [word for word in words if word]
+
+
+def _filters(declared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the claims can be filtered by: verdicts by their rank, worst first, severities and rounds as declared."""
+    severities, rounds = ({int(row[key]) for row in declared["claims"]} for key in ("severity", "round"))
+    return {
+        "verdict": {"label": "Verdict", "options": {i: str(v) for i, v in enumerate(WORST_FIRST)}},
+        "severity": {"label": "Severity", "options": {n: n for n in sorted(severities, reverse=True)}},
+        "round": {"label": "Round", "options": {n: n for n in sorted(rounds)}},
     }
 
 
@@ -322,8 +359,9 @@ def _claim(
     """One row of the claims table and what it opens to."""
     verdict, reason, evidence = conclusion.by_claim[row["id"]]
     view = {
-        **{k: row[k] for k in ("id", "title", "statement", "prediction", "falsifier", "severity", "metric", "source")},
+        **{k: row[k] for k in SHOWN},
         "verdict": str(verdict),
+        "rank": WORST_FIRST.index(verdict),
         "kind": _kind(verdict),
         "reason": reason,
         "limit": limit_of(row),
@@ -332,6 +370,7 @@ def _claim(
         "evidence": quote(evidence_file(evidence)) if evidence else None,
         "attempts": len(list((folder / "evidence").glob(f"{row['id']}-*.json"))),
         "cell": f"{html}#cell-id=claim-{row['id'].lower()}" if html else None,
+        "reused": bool(evidence and evidence.provenance.get("reused")),
         "command": _command(declared, row["notebook"]),
         "open": verdict is Verdict.FALSIFIED,
         "facts": {},
@@ -357,8 +396,8 @@ def _evidence(e: Evidence) -> dict[str, Any]:
         "Detail": e.coverage.get("detail"),
         "Reference": e.reference.get("name"),
         "Noise floor": quantity(e.reference["noise_floor"], unit) if e.reference.get("noise_floor") is not None else "",
-        "Tolerance that would have held": quantity(e.measured["required_tolerance"], unit)
-        if e.verdict is Verdict.FALSIFIED and e.measured.get("required_tolerance") is not None
+        "Least tolerance that holds": quantity(e.measured["required_tolerance"], unit)
+        if e.measured.get("required_tolerance") is not None
         else "",
     }
     heads = columns(e.rows)
@@ -401,13 +440,17 @@ def image(draw: Callable[[], Figure | None]) -> tuple[dict[str, Any] | None, str
 
 
 def _command(declared: Mapping[str, Any], notebook: str) -> str:
-    """The one line that runs this claim's notebook again on the same file."""
+    """The one line that runs this claim's notebook again on the same file, with the same parameters."""
     given = declared["parameters"]
-    words = ["bash", "ci/run_papermill.sh", "--model", str(given.get("model") or declared["subject"]["path"])]
+    words = ["apr", "suite", "--model", str(given.get("model") or declared["subject"]["path"])]
     if declared["reference"]:
         words += ["--reference", str(given.get("reference") or declared["reference"]["path"])]
     if given.get("device") in ("cpu", "cuda"):
         words += ["--device", str(given["device"])]
+    own = ("model", "reference", "device", "out_dir", "skip_contract")
+    for name in (n for n in given if n not in own):
+        words += ["-p", str(name), str(given[name])]
+    words += ["--skip-contract"] * bool(given.get("skip_contract"))
     return shlex.join([*words, "--only", notebook[:2]])
 
 

@@ -21,14 +21,6 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-sync",
-]
 PAGES = ("index", "00_ground_truth", "10_contract_gates", "20_parity", "30_throughput")
 NOTEBOOKS = PAGES[1:]
 
@@ -47,17 +39,6 @@ RUN_ALL = """async ([name, limit]) => {
     claims: code.filter(c => (c.getMetadata('tags') || []).includes('claim'))
       .map(c => c.outputs.toJSON().map(o => o.text || '').join(''))};
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless chromium."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -22,7 +22,6 @@ from apr_core.falsify.evidence import (
     make_evidence,
     new_attempt_id,
     read_evidence,
-    read_folder,
     write_evidence,
 )
 from apr_core.falsify.finding import Finding
@@ -57,7 +56,6 @@ def test_round_trip(attempt: Attempt, subject: SubjectRecord, tmp_path: Path) ->
     assert back.rows == ({"name": "w", "n": 3},)
     assert back.whys == (("why?", "7 of 9"),)
     assert back.verdict is Verdict.CORROBORATED
-    assert read_folder(tmp_path) == [back]
 
 
 def test_reference_subject_is_kept_only_where_the_claim_needs_one(attempt: Attempt, subject: SubjectRecord) -> None:
@@ -185,11 +183,11 @@ def broken_bodies() -> list[object]:
 def test_unreadable_evidence_is_an_error(
     edit: Callable[[dict[str, Any]], object], attempt: Attempt, subject: SubjectRecord, tmp_path: Path
 ) -> None:
-    """A damaged record stops the reading of the folder; leaving it out would turn a refutation into silence."""
+    """A damaged record is an error that names it, never a record of something else."""
     path = write_evidence(record(attempt("F-GT-001"), subject), tmp_path)
     path.write_text(json.dumps(edit(json.loads(path.read_text()))))
     with pytest.raises(FormatError, match="evidence record of schema 1"):
-        read_folder(tmp_path)
+        read_evidence(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"schema": 1, "value": NaN}', '{"schema": Infinity}', "\xff"])
@@ -214,11 +212,10 @@ def test_a_whole_record_with_a_number_that_json_lacks_is_an_error(
         read_evidence(path)
 
 
-def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
-    """A record that is not there is an error; a folder without records is empty, not an error."""
+def test_missing_file(tmp_path: Path) -> None:
+    """A record that is not there is an error."""
     with pytest.raises(FormatError, match="FileNotFoundError"):
         read_evidence(tmp_path / "absent.json")
-    assert read_folder(tmp_path / "absent") == []
 
 
 @pytest.mark.parametrize(
