@@ -250,7 +250,12 @@ def judge_tensor(stats: TensorStats, role: Role) -> list[Violation]:
 
 def needs_spot_rows(role: Role) -> bool:
     """Return whether a gate asks for the row norms of this role."""
-    return any(load_gates().asks(rule, role.kind) for rule in ("spot_l2", "dead_row_percent"))
+    return _needs_rows(role.kind)
+
+
+@cache
+def _needs_rows(kind: str) -> bool:
+    return any(load_gates().asks(rule, kind) for rule in ("spot_l2", "dead_row_percent"))
 
 
 def judge_layout(checkpoint: Checkpoint, geometry: Geometry) -> list[Violation]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,8 +122,7 @@ class Limits:
     dead_below: float
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
+class Part(NamedTuple):
     """
     A piece of a tensor for one pass.
 
@@ -143,7 +143,7 @@ class Part:
     columns: int
     first_row: int = 0
     spots: tuple[int, ...] = ()
-    stored: Bytes = field(default_factory=lambda: np.zeros(0, np.uint8))
+    stored: Bytes = np.zeros(0, np.uint8)
     stripe: int = 0
 
 

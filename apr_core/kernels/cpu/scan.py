@@ -80,8 +80,9 @@ def _splat(builder: Any, scalar: Any, kind: Any) -> Any:
     return _take(builder, first, [0] * kind.count)
 
 
-def _extreme(builder: Any, sign: str, x: Any, y: Any) -> Any:
-    return builder.select(builder.icmp_signed(sign, x, y), x, y)
+def _extreme(builder: Any, sign: str, x: Any, y: Any, compare: Callable[..., Any] | None = None) -> Any:
+    """Return lane by lane what compares so, as signed numbers or by another comparison."""
+    return builder.select((compare or builder.icmp_signed)(sign, x, y), x, y)
 
 
 class _Kind:
@@ -149,6 +150,28 @@ def _from_half(b: Any, words: Any) -> Any:
     return b.bitcast(b.or_(scaled, b.shl(b.and_(bits, _same(ints, 0x8000)), _same(ints, 16))), floats)
 
 
+def _repeat(b: Any, times: Any, carried: list[Any], body: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """Write down a loop, taken at least once, that turns the carried values into the next ones; return the last."""
+    begin, loop = b.block, b.append_basic_block("loop")
+    done = b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    left, values = b.phi(_I64), [b.phi(value.type) for value in carried]
+    now = body(list(values))
+    left_now = b.sub(left, ir.Constant(_I64, 1))
+    for phi, before, later in zip([left, *values], [times, *carried], [left_now, *now], strict=True):
+        phi.add_incoming(before, begin)
+        phi.add_incoming(later, loop)
+    b.cbranch(b.icmp_signed(">", left_now, ir.Constant(_I64, 0)), loop, done)
+    b.position_at_end(done)
+    return now
+
+
+def _ask_ahead(b: Any, kind: _Kind, address: Any) -> None:
+    for offset in range(0, _LANES * kind.size, stats.STRIPE):
+        _prefetch(b, address, _AHEAD + offset)
+
+
 def _emit_run(
     b: Any, kind: _Kind, at: Any, steps: Any, sums: Any, counts: Any, lanes: Any, first: Any, zero: Any
 ) -> None:
@@ -164,52 +187,84 @@ def _emit_run(
     total = _vector(_DOUBLE if kind.wide else _FLOAT, 16)
     zero = _splat(b, zero if kind.wide else b.trunc(zero, _I16), word)
     twice, most = b.add(zero, zero), (1 << (bits - 1)) - 1
-    key_before, digest_before = _keys(b, first), _load(b, lanes, 0, _vector(_I64, 8))
-    begin, loop = b.block, b.append_basic_block("step")
-    done = b.append_basic_block("done")
-    b.branch(loop)
-    b.position_at_end(loop)
-    address, left, zeros = b.phi(_I64), b.phi(_I64), b.phi(_I64)
-    extremes, adds = [b.phi(word) for _ in range(2)], [b.phi(total) for _ in range(4)]
-    key, digest = b.phi(key_before.type), b.phi(key_before.type)
-    for offset in range(0, _LANES * kind.size, stats.STRIPE):
-        _prefetch(b, address, _AHEAD + offset)
-    words = kind.words(b, address)
-    low, high, zeros_now, adds_now = *extremes, zeros, list(adds)
-    key_now, digest_now = key, digest
-    for stored in words:
-        # two's complement in the order of the numbers: -0.0 is -1, and what is below 0 counts on downwards
-        order = b.xor(stored, b.and_(b.ashr(stored, _same(word, bits - 1)), _same(word, most)))
-        low, high = _extreme(b, "<", order, low), _extreme(b, ">", order, high)
-        mask = b.bitcast(b.icmp_unsigned("<", b.add(order, zero), twice), ir.IntType(word.count))
-        zeros_now = b.add(zeros_now, b.zext(b.ctpop(mask), _I64))
-        digest_now, key_now = _stripe(b, b.bitcast(stored, key.type), digest_now, key_now)
-    for half, value in enumerate(kind.floats(b, words)):
-        x = b.fpext(value, total) if kind.wide else value
-        adds_now[half] = b.fadd(adds[half], x)
-        # exact for every type here: the square of 24 bits fits a float64, that of 11 bits a float32
-        adds_now[2 + half] = b.fadd(adds[2 + half], b.fmul(x, x))
-    left_now = b.sub(left, ir.Constant(_I64, 1))
-    for phi, before, later in (
-        (address, at, b.add(address, ir.Constant(_I64, _LANES * kind.size))),
-        (left, steps, left_now),
-        (zeros, ir.Constant(_I64, 0), zeros_now),
-        (extremes[0], _same(word, most), low),
-        (extremes[1], _same(word, -most - 1), high),
-        (key, key_before, key_now),
-        (digest, digest_before, digest_now),
-        *((lane, _same(total, 0.0), now) for lane, now in zip(adds, adds_now, strict=True)),
-    ):
-        phi.add_incoming(before, begin)
-        phi.add_incoming(later, loop)
-    b.cbranch(b.icmp_signed(">", left_now, ir.Constant(_I64, 0)), loop, done)
-    b.position_at_end(done)
+
+    def step(carried: list[Any]) -> list[Any]:
+        address, zeros, low, high, key, digest, *adds = carried
+        _ask_ahead(b, kind, address)
+        words = kind.words(b, address)
+        for stored in words:
+            # two's complement in the order of the numbers: -0.0 is -1, and what is below 0 counts on downwards
+            order = b.xor(stored, b.and_(b.ashr(stored, _same(word, bits - 1)), _same(word, most)))
+            low, high = _extreme(b, "<", order, low), _extreme(b, ">", order, high)
+            mask = b.bitcast(b.icmp_unsigned("<", b.add(order, zero), twice), ir.IntType(word.count))
+            zeros = b.add(zeros, b.zext(b.ctpop(mask), _I64))
+            digest, key = _stripe(b, b.bitcast(stored, key.type), digest, key)
+        for half, value in enumerate(kind.floats(b, words)):
+            x = b.fpext(value, total) if kind.wide else value
+            adds[half] = b.fadd(adds[half], x)
+            # exact for every type here: the square of 24 bits fits a float64, that of 11 bits a float32
+            adds[2 + half] = b.fadd(adds[2 + half], b.fmul(x, x))
+        return [b.add(address, ir.Constant(_I64, _LANES * kind.size)), zeros, low, high, key, digest, *adds]
+
+    begin = [at, ir.Constant(_I64, 0), _same(word, most), _same(word, -most - 1), _keys(b, first)]
+    begin += [_load(b, lanes, 0, _vector(_I64, 8)), *[_same(total, 0.0)] * 4]
+    _, zeros, low, high, _, digest, *adds = _repeat(b, steps, begin, step)
     for part in (0, 1):
-        _store(b, _tree(b, kind.ordered(b, adds_now[2 * part : 2 * part + 2])), sums, 8 * part)
-    _store(b, digest_now, lanes, 0)
-    _store(b, zeros_now, counts, 0)
-    _store(b, b.sext(_reduce(b, "<", low), _I64), counts, 8)
-    _store(b, b.sext(_reduce(b, ">", high), _I64), counts, 16)
+        _store(b, _tree(b, kind.ordered(b, adds[2 * part : 2 * part + 2])), sums, 8 * part)
+    _store(b, digest, lanes, 0)
+    _store(b, zeros, counts, 0)
+    for place, (sign, keys) in enumerate((("<", low), (">", high)), start=1):
+        _store(b, b.sext(_reduce(b, sign, keys), _I64), counts, 8 * place)
+
+
+def _emit_lean(
+    b: Any, kind: _Kind, at: Any, steps: Any, sums: Any, counts: Any, state: Any, lanes: Any, first: Any, least: Any
+) -> None:
+    """
+    Write down the loop over one run of 16-bit elements that counts nothing: for a run without zeros, as most are.
+
+    Does as `_emit_run`, but writes to ``counts`` only whether a magnitude is below the code ``least``; such a run must
+    be taken again. The bit patterns in ``state`` grow: the largest as signed numbers (of what is positive, the
+    largest), the largest as unsigned ones (of what is negative, the lowest), twice the smallest magnitude; behind them
+    stands what they were.
+    """
+    word, total = _vector(_I16, _LANES), _vector(_FLOAT, 16)
+
+    def step(carried: list[Any]) -> list[Any]:
+        address, near, high, low, key, digest, *adds = carried
+        _ask_ahead(b, kind, address)
+        (stored,) = kind.words(b, address)
+        near = _extreme(b, "<", b.add(stored, stored), near, b.icmp_unsigned)
+        high = _extreme(b, ">", stored, high)
+        low = _extreme(b, ">", stored, low, b.icmp_unsigned)
+        digest, key = _stripe(b, b.bitcast(stored, key.type), digest, key)
+        for half, x in enumerate(kind.floats(b, [stored])):
+            adds[half] = b.fadd(adds[half], x)
+            # a square is exact, so that one instruction gives what two do
+            adds[2 + half] = _multiply_add(b, x, adds[2 + half])
+        return [b.add(address, ir.Constant(_I64, _LANES * kind.size)), near, high, low, key, digest, *adds]
+
+    before = [_load(b, state, 64 * place, word) for place in range(3)]
+    begin = [at, _same(word, -1), *before[:2], _keys(b, first), _load(b, lanes, 0, _vector(_I64, 8))]
+    _, near, high, low, _, digest, *adds = _repeat(b, steps, [*begin, *[_same(total, 0.0)] * 4], step)
+    for part in (0, 1):
+        _store(b, _tree(b, kind.ordered(b, adds[2 * part : 2 * part + 2])), sums, 8 * part)
+    _store(b, digest, lanes, 0)
+    limit = b.trunc(b.shl(least, ir.Constant(_I32, 1)), _I16)
+    small = b.bitcast(b.icmp_unsigned("<", near, _splat(b, limit, word)), ir.IntType(_LANES))
+    _store(b, b.zext(small, _I64), counts, 0)
+    now = [high, low, _extreme(b, "<", near, before[2], b.icmp_unsigned)]
+    for place, patterns in enumerate([*now, *before]):
+        _store(b, patterns, state, 64 * place)
+
+
+def _multiply_add(b: Any, x: Any, y: Any) -> Any:
+    """Return ``x * x + y``, rounded once or twice, whichever the processor does faster."""
+    name = "llvm.fmuladd.v16f32"
+    function = b.module.globals.get(name)
+    if function is None:
+        function = ir.Function(b.module, ir.FunctionType(x.type, [x.type] * 3), name)
+    return b.call(function, [x, x, y])
 
 
 def _keys(b: Any, first: Any) -> Any:
@@ -261,7 +316,23 @@ def _run_of(kind: _Kind) -> Any:
     return intrinsic(run)
 
 
+def _lean_of(kind: _Kind) -> Any:
+    signature = types.void(*[types.int64] * 7, types.int32)
+
+    def emit(context: Any, builder: Any, _signature: Any, values: tuple[Any, ...]) -> Any:
+        _emit_lean(builder, kind, *values)
+        return context.get_dummy_value()
+
+    def lean(
+        context: Any, at: Any, steps: Any, sums: Any, counts: Any, state: Any, lanes: Any, first: Any, least: Any
+    ) -> Any:
+        return signature, emit
+
+    return intrinsic(lean)
+
+
 _run_f32, _run_f16, _run_bf16 = (_run_of(kind) for kind in (_F32Kind(), _F16Kind(), _BF16Kind()))
+_lean_f16, _lean_bf16 = (_lean_of(kind) for kind in (_F16Kind(), _BF16Kind()))
 
 
 @intrinsic
@@ -276,25 +347,13 @@ def _stripes(typing_context: Any, at: Any, count: Any, first: Any, lanes: Any) -
 
 
 def _emit_stripes(b: Any, at: Any, count: Any, first: Any, lanes: Any) -> None:
-    key_before, digest_before = _keys(b, first), _load(b, lanes, 0, _vector(_I64, 8))
-    begin, loop = b.block, b.append_basic_block("stripe")
-    done = b.append_basic_block("stripes_done")
-    b.branch(loop)
-    b.position_at_end(loop)
-    address, left, key, digest = b.phi(_I64), b.phi(_I64), b.phi(key_before.type), b.phi(key_before.type)
-    digest_now, key_now = _stripe(b, _load(b, address, 0, key.type), digest, key)
-    left_now = b.sub(left, ir.Constant(_I64, 1))
-    for phi, before, now in (
-        (address, at, b.add(address, ir.Constant(_I64, stats.STRIPE))),
-        (left, count, left_now),
-        (key, key_before, key_now),
-        (digest, digest_before, digest_now),
-    ):
-        phi.add_incoming(before, begin)
-        phi.add_incoming(now, loop)
-    b.cbranch(b.icmp_signed(">", left_now, ir.Constant(_I64, 0)), loop, done)
-    b.position_at_end(done)
-    _store(b, digest_now, lanes, 0)
+    def step(carried: list[Any]) -> list[Any]:
+        address, key, digest = carried
+        digest, key = _stripe(b, _load(b, address, 0, key.type), digest, key)
+        return [b.add(address, ir.Constant(_I64, stats.STRIPE)), key, digest]
+
+    begin = [at, _keys(b, first), _load(b, lanes, 0, _vector(_I64, 8))]
+    _store(b, _repeat(b, count, begin, step)[-1], lanes, 0)
 
 
 @intrinsic
@@ -341,6 +400,7 @@ def _half_of(typing_context: Any, bits: Any) -> Any:
 _jit: Callable[..., Any] = njit(**JIT)
 _F32, _F16, _BF16 = stats.F32, stats.F16, stats.BF16
 _RUN, _SMALLEST = stats.RUN, stats.SMALLEST_SQUARES
+_EXACT_SQUARES = 0x2000  # BF16 code of 2 ** -63: the square of a smaller number may be subnormal, and rounded
 _ZEROS, _NANS, _INFS, _LOW, _HIGH, _SUM, _SQUARES, _DEAD, _SPOT = range(9)
 
 
@@ -389,20 +449,56 @@ def _run(
     out, out_counts, lanes = sums.ctypes.data, counts.ctypes.data, digest.ctypes.data
     if kind == _F32:
         _run_f32(at, steps, out, out_counts, lanes, first, zero)
-        kept = sums[1] < np.inf
+    elif kind == _F16:
+        _run_f16(at, steps, out, out_counts, lanes, first, zero)
     else:
-        if kind == _F16:
-            _run_f16(at, steps, out, out_counts, lanes, first, zero)
-        else:
-            _run_bf16(at, steps, out, out_counts, lanes, first, zero)
-        total, squares = sums[0], sums[1]
-        kept = squares >= _SMALLEST and squares < np.inf
-        kept = kept and squares - total * total / (32 * steps) >= 0.5 * squares
+        _run_bf16(at, steps, out, out_counts, lanes, first, zero)
+    kept = sums[1] < np.inf if kind == _F32 else _holds(sums, 32 * steps)
     if kept:
         record[_ZEROS] += counts[0]
         record[_LOW] = min(record[_LOW], _of_key(kind, counts[1]) + 0.0)
         record[_HIGH] = max(record[_HIGH], _of_key(kind, counts[2]) + 0.0)
     return kept
+
+
+@_jit
+def _holds(sums: Any, count: Any) -> Any:
+    """Say whether float32 was enough for the sums of a run."""
+    total, squares = sums[0], sums[1]
+    return squares >= _SMALLEST and squares < np.inf and squares - total * total / count >= 0.5 * squares
+
+
+@_jit
+def _lean(
+    kind: Any, at: Any, steps: Any, least: Any, state: Any, sums: Any, counts: Any, digest: Any, first: Any
+) -> Any:
+    """Scan whole steps without counting; False, and nothing but the digest taken, when something must be counted."""
+    out, out_counts, grown, lanes = sums.ctypes.data, counts.ctypes.data, state.ctypes.data, digest.ctypes.data
+    if kind == _F16:
+        _lean_f16(at, steps, out, out_counts, grown, lanes, first, least)
+    else:
+        _lean_bf16(at, steps, out, out_counts, grown, lanes, first, least)
+    kept = counts[0] == 0 and _holds(sums, 32 * steps)
+    if not kept:
+        state[:3] = state[3:]
+    return kept
+
+
+@_jit
+def _add_extremes(kind: Any, state: Any, record: Any) -> None:
+    """Record the smallest and the largest value of all lean runs of a part."""
+    high: Any = -0x8000
+    low: Any = 0
+    near: Any = 0xFFFF
+    for lane in range(32):
+        high = max(high, np.int64(state[0, lane]))
+        low = max(low, np.int64(state[1, lane]) & 0xFFFF)
+        near = min(near, np.int64(state[2, lane]) & 0xFFFF)
+    if near < 0xFFFF:  # there was one; where all signs are equal, the smallest magnitude is the other extreme
+        lowest = low if low >= 0x8000 else near >> 1
+        highest = high if high >= 0 else near >> 1 | 0x8000
+        record[_LOW] = min(record[_LOW], np.float64(_element(kind, np.int32(lowest))))
+        record[_HIGH] = max(record[_HIGH], np.float64(_element(kind, np.int32(highest))))
 
 
 @_jit
@@ -441,14 +537,21 @@ def _scan_part(part: Any, spots: Any, dead_below: Any, record: Any, digest: Any)
     together = part[_STORED] == at and (part[_ROWS] == 1 or columns % 32 == 0)
     taken = digest if together else np.empty(8, np.uint64)
     stripe, stripes = part[_STRIPE], 0
+    lean, least = kind != _F32, max(zero, _EXACT_SQUARES) if kind == _BF16 else zero
+    state, thrown = np.empty((6, 32), np.int16), np.empty(8, np.uint64)
+    state[0], state[1], state[2] = -0x8000, 0, -1
     for row in range(part[_ROWS] if columns else 0):
         row_squares, broken = 0.0, 0.0
         for start in range(0, columns, _RUN):
             count = min(_RUN, columns - start)
             steps = count // 32
             if steps:
-                if not _run(kind, at, steps, zero, record, sums, counts, taken, stripe + stripes):
-                    broken += _slowly(kind, at, 32 * steps, zero, record, lanes, sums)
+                if not (lean and _lean(kind, at, steps, least, state, sums, counts, taken, stripe + stripes)):
+                    to = thrown if lean else taken  # a lean run that was in vain has taken the digest
+                    kept = _run(kind, at, steps, zero, record, sums, counts, to, stripe + stripes)
+                    lean = kept and counts[0] == 0 and kind != _F32
+                    if not kept:
+                        broken += _slowly(kind, at, 32 * steps, zero, record, lanes, sums)
                 record[_SUM] += sums[0]
                 row_squares += sums[1]
                 stripes += steps * size // 2
@@ -464,6 +567,7 @@ def _scan_part(part: Any, spots: Any, dead_below: Any, record: Any, digest: Any)
         for place in range(spots.size):
             if spots[place] == part[_FIRST_ROW] + row:
                 record[_SPOT + place] = norm
+    _add_extremes(kind, state, record)
     _digest_rest(part, stripes if together else 0, digest)
 
 
@@ -475,23 +579,29 @@ def _scan_parts(parts: Any, spots: Any, dead_below: Any, records: Any, digests: 
 
 def scan_many(parts: Sequence[Part], limits: Limits) -> list[tuple[NDArray[np.float64], NDArray[np.uint64]]]:
     """Measure parts as `stats.scan` does, all in one call that holds no lock of Python."""
-    fields = np.zeros((len(parts), _FIELDS), np.int64)
-    spots = np.full((len(parts), max((len(part.spots) for part in parts), default=0)), -1, np.int64)
     data = [(np.ascontiguousarray(part.data), np.ascontiguousarray(part.stored)) for part in parts]
-    for i, (part, (elements, stored)) in enumerate(zip(parts, data, strict=True)):
-        fields[i] = (
-            part.kind,
-            elements.ctypes.data,
-            part.rows,
-            part.columns,
-            part.first_row,
-            _zero_codes(part.kind, limits.zero_below),
-            stored.ctypes.data,
-            stored.size,
-            part.stripe,
-        )
-        spots[i, : len(part.spots)] = part.spots
-    records, digests = np.zeros((len(parts), _SPOT + spots.shape[1])), np.zeros((len(parts), 8), np.uint64)
+    fields = np.array(
+        [
+            (
+                part.kind,
+                elements.ctypes.data,
+                part.rows,
+                part.columns,
+                part.first_row,
+                _zero_codes(part.kind, limits.zero_below),
+                stored.ctypes.data,
+                stored.size,
+                part.stripe,
+            )
+            for part, (elements, stored) in zip(parts, data, strict=True)
+        ],
+        np.int64,
+    ).reshape(len(parts), _FIELDS)
+    most = max((len(part.spots) for part in parts), default=0)
+    spots = np.array([part.spots + (-1,) * (most - len(part.spots)) for part in parts], np.int64).reshape(
+        len(parts), most
+    )
+    records, digests = np.zeros((len(parts), _SPOT + most)), np.zeros((len(parts), 8), np.uint64)
     records[:, _LOW], records[:, _HIGH], records[:, _SPOT:] = np.inf, -np.inf, np.nan
     _scan_parts(fields, spots, limits.dead_below, records, digests)
     return [(records[i, : _SPOT + len(part.spots)], digests[i]) for i, part in enumerate(parts)]
@@ -527,8 +637,8 @@ def _examples(kind: int) -> Iterator[tuple[Bytes, int, int]]:
     """
     Stored elements, rows and columns: odd lengths around a step and a run, at an odd address.
 
-    Healthy values, with a mean too; NaN with payloads, infinities, both zeros and subnormals; values around 1, or whose
-    squares vanish or overflow in float32.
+    Healthy values, with a mean too; NaN with payloads, infinities, both zeros and subnormals; values around 1, of one
+    sign, or whose squares vanish or overflow in float32.
     """
     random = np.random.default_rng(kind)
     shapes = ((1, 1), (3, 63), (1, 64), (5, 896), (2, 5000), (7, 4096), (1, 4 * stats.RUN + 33), (0, 5), (5, 0))
@@ -547,6 +657,8 @@ def _examples(kind: int) -> Iterator[tuple[Bytes, int, int]]:
                 np.full(healthy.shape, 0.02, np.float32),
                 healthy * np.float32(1e-30),
                 healthy * np.float32(1e25),
+                np.exp(np.float32(100) * healthy),
+                -np.exp(np.float32(100) * healthy),
             ):
                 yield _unaligned(_encoded(kind, values)), rows, columns
 
