@@ -9,7 +9,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from apr_core.cli import bench, canary, chat, check, explain, lint, parity, rosetta, tensors, tools, validate, zoo
+from apr_core.cli import (
+    bench,
+    canary,
+    chat,
+    check,
+    explain,
+    lint,
+    parity,
+    report,
+    rosetta,
+    tensors,
+    tools,
+    validate,
+    zoo,
+)
 from apr_core.cli.dispatch import SkipContract, admission_of
 from apr_core.errors import UsageError
 
@@ -33,6 +47,7 @@ def register(app: typer.Typer) -> None:
     rosetta.register(app)
     app.add_typer(canary.app, name="canary")
     app.add_typer(zoo.app, name="zoo")
+    app.add_typer(report.app, name="report")
 
 
 def run(

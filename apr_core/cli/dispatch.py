@@ -86,6 +86,9 @@ COMMANDS: Mapping[str, CommandClass] = {
     "zoo plant": _DIAGNOSTIC,
     "zoo run": _DIAGNOSTIC,
     "zoo list": _NONE,
+    "report page": _NONE,
+    "report compare": _NONE,
+    "report trend": _NONE,
     "tools": _NONE,
     "synth": _NONE,
 }

@@ -24,9 +24,9 @@ from apr_core.engines.subject import DEVICES, ROOT, resolve_model
 from apr_core.errors import AprError, LoadError, NotFound, ReadWriteError, UsageError
 from apr_core.falsify.claims import NOTEBOOKS, load_claims
 from apr_core.falsify.evidence import SubjectRecord
-from apr_core.falsify.rounds import Conclusion, conclude, declare
+from apr_core.falsify.rounds import Conclusion, declare
 from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
-from apr_core.report.page import NotebookStatus
+from apr_core.report.summary import NotebookStatus
 
 OWN = ("model", "reference", "device", "out_dir")  # set by options; -p may not contradict them
 METADATA_CUT = 200
@@ -427,9 +427,7 @@ def _declare_also(folder: Path, gates: Sequence[str]) -> None:
 
 
 def _write_reports(order: Order, status: dict[str, NotebookStatus]) -> Conclusion:
-    from apr_core.report.junit import write_junit
-    from apr_core.report.page import write_index
-    from apr_core.report.summary import write_summary
+    from apr_core.report.run import write_reports
 
     for name in list(status):
         out = order.folder / f"{name}.ipynb"
@@ -439,12 +437,7 @@ def _write_reports(order: Order, status: dict[str, NotebookStatus]) -> Conclusio
             html = order.folder / f"{name}.html"
             export_html(out, html)
             status[name] = replace(status[name], html=html.name)
-    broken = {name: s.reason for name, s in status.items() if not s.complete}
-    conclusion = conclude(order.folder, broken)
-    write_summary(order.folder, conclusion, status)
-    write_junit(order.folder, conclusion, status)
-    write_index(order.folder, conclusion, notebooks=status)
-    return conclusion
+    return write_reports(order.folder, status)
 
 
 def _point_latest(folder: Path) -> None:

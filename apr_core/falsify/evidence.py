@@ -270,9 +270,9 @@ def read_evidence(path: Path) -> Evidence:
         ) from error
 
 
-def too_new(schema: object) -> str:
+def too_new(schema: object, known: int = SCHEMA) -> str:
     """Say what is wrong with another schema than ours."""
-    newer = isinstance(schema, int) and schema > SCHEMA
+    newer = isinstance(schema, int) and schema > known
     return f"schema {schema}, written by {'a newer' if newer else 'another'} apr_core"
 
 

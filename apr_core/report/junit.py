@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree as Xml
 
 from apr_core.errors import Exit
 from apr_core.falsify.rounds import Conclusion, read_declared
 from apr_core.falsify.verdict import Verdict
-from apr_core.report.summary import evidence_file, write_whole
+from apr_core.report.summary import NotebookStatus, evidence_file, examined, write_whole
 from apr_core.report.text import clean, limit_of, quantity
-
-if TYPE_CHECKING:
-    from apr_core.report.page import NotebookStatus
 
 _TAG = {Verdict.FALSIFIED: "failure", Verdict.INCONCLUSIVE: "error", Verdict.NOT_RUN: "skipped"}
 
@@ -36,7 +33,7 @@ def write_junit(folder: Path, conclusion: Conclusion, notebooks: Mapping[str, No
         FormatError: ``declared.json`` cannot be read.
         ReadWriteError: The folder cannot be written.
     """
-    declared = read_declared(folder)
+    declared = examined(read_declared(folder), conclusion)
     statuses = notebooks or {}
     root = Xml.Element("testsuites", name="apr_core")
     for name in declared["notebooks"]:

@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -21,7 +20,7 @@ from apr_core.falsify.claims import NOTEBOOKS
 from apr_core.falsify.evidence import Evidence
 from apr_core.falsify.rounds import WORST_FIRST, Conclusion, read_declared
 from apr_core.falsify.verdict import NotRun, Verdict
-from apr_core.report.summary import evidence_file, write_whole
+from apr_core.report.summary import NotebookStatus, evidence_file, examined, write_whole
 from apr_core.report.text import clean, columns, esc, limit_of, nbytes, number, percent, quantity, seconds
 
 if TYPE_CHECKING:
@@ -59,24 +58,6 @@ REMEDY: dict[NotRun, str] = {
 }
 
 
-@dataclass(frozen=True)
-class NotebookStatus:
-    """
-    How a notebook ended.
-
-    Attributes:
-        seconds: Wall clock of its run.
-        complete: Whether every cell ran and the round was closed.
-        reason: Why not, when not.
-        html: Address of its page relative to the run folder, when there is one.
-    """
-
-    seconds: float
-    complete: bool
-    reason: str = ""
-    html: str | None = None
-
-
 def write_index(folder: Path, conclusion: Conclusion, *, notebooks: Mapping[str, NotebookStatus]) -> Path:
     """
     Write ``index.html`` of a run.
@@ -93,7 +74,7 @@ def write_index(folder: Path, conclusion: Conclusion, *, notebooks: Mapping[str,
         FormatError: ``declared.json`` cannot be read.
         ReadWriteError: The page cannot be written.
     """
-    declared = _examined(read_declared(folder), conclusion)
+    declared = examined(read_declared(folder), conclusion)
     context = {
         "css": stylesheet("palette.css", "index.css"),
         "script": stylesheet("index.js"),
@@ -278,19 +259,6 @@ def _not_run(conclusion: Conclusion) -> list[dict[str, Any]]:
         }
         for reason, claims in by_reason.items()
     ]
-
-
-def _examined(declared: dict[str, Any], conclusion: Conclusion) -> dict[str, Any]:
-    """Add to what the header said what the notebooks read of the whole file: hash, template, device, refusal."""
-    evidence = [e for _, _, e in conclusion.by_claim.values() if e is not None]
-    found = {
-        "subject": [e.subject for e in evidence],
-        "reference": [e.reference["subject"] for e in evidence if e.reference.get("subject")],
-    }
-    for side, records in found.items():
-        if records and declared[side]:
-            declared[side] = {**declared[side], **{k: v for k, v in records[0].items() if v}}
-    return declared
 
 
 def _subject(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from apr_core.cli import runner
 from apr_core.errors import Exit, NotFound, UsageError
 from apr_core.falsify.claims import NOTEBOOKS, claims_of
+from apr_core.falsify.rounds import conclude
 from apr_core.zoo.acts import twin
 from apr_core.zoo.draft import put_together
 from apr_core.zoo.plants import DOWN
@@ -73,7 +74,7 @@ def test_every_wrong_ending_is_seen_and_the_report_is_written(house, capfd):
     code = runner.run_suite(model=str(house / "model"), out=str(house / "out"), timeout_s=60)
     out = house / "out"
     said = capfd.readouterr().out
-    conclusion = runner.conclude(out)
+    conclusion = conclude(out)
 
     assert code == Exit.UNEXPECTED
     assert "00_ground_truth: NOT COMPLETE" in said
@@ -109,7 +110,7 @@ def test_a_refused_model_is_falsified_evidence_also_without_notebook_10(house):
         CLOSE,
     )
     code = runner.run_suite(model=str(house / "bad"), only="00", out=str(house / "out"))
-    verdicts = {k: v[:2] for k, v in runner.conclude(house / "out").by_claim.items()}
+    verdicts = {k: v[:2] for k, v in conclude(house / "out").by_claim.items()}
     page = (house / "out" / "index.html").read_text()
 
     assert code == Exit.REFUTED

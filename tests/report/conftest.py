@@ -17,7 +17,8 @@ from apr_core.falsify.evidence import SubjectRecord
 from apr_core.falsify.finding import Finding
 from apr_core.falsify.rounds import Conclusion, Round, conclude, declare
 from apr_core.falsify.verdict import NEEDS, NotRun
-from apr_core.report.page import NotebookStatus, write_index
+from apr_core.report.page import write_index
+from apr_core.report.summary import NotebookStatus
 
 # What a hostile file may put into names and metadata. The last one is 10 kB long.
 HOSTILE = (

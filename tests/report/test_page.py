@@ -18,7 +18,8 @@ from apr_core.falsify.claims import NOTEBOOKS, claims_of, load_claims
 from apr_core.falsify.finding import Finding
 from apr_core.falsify.rounds import conclude
 from apr_core.falsify.verdict import NotRun, Verdict
-from apr_core.report.page import MEANING, REMEDY, NotebookStatus, write_index
+from apr_core.report.page import MEANING, REMEDY, write_index
+from apr_core.report.summary import NotebookStatus
 
 DIAGNOSIS = {
     "error": "FormatError",

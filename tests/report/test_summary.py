@@ -1,4 +1,4 @@
-"""summary.json: strict, complete, in step with the conclusion."""
+"""summary.json and summary.md: strict, complete, in step with the conclusion."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 
-from apr_core.errors import ReadWriteError
+from apr_core.errors import FormatError, ReadWriteError
 from apr_core.falsify.claims import load_claims
 from apr_core.falsify.finding import Finding
-from apr_core.report.summary import evidence_file, write_summary, write_whole
+from apr_core.falsify.rounds import conclude
+from apr_core.report.summary import (
+    Metric,
+    evidence_file,
+    markdown,
+    read_summary,
+    summarise,
+    write_summary,
+    write_whole,
+)
+from tests.report.conftest import build
 
 
 def refuse(name: str) -> None:
@@ -19,15 +29,22 @@ def refuse(name: str) -> None:
     raise ValueError(name)
 
 
+def write(run: Any) -> Any:
+    """Write the summary of a run and read its JSON strictly."""
+    path = write_summary(run.folder, summarise(run.folder, run.conclusion, run.notebooks))
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
 def test_everything_declared(make_run: Callable[..., Any]) -> None:
     """Verdict, code, score, counts; per claim what was measured against what; per notebook its end."""
     run = make_run(changes={"F-GT-001": Finding(float("nan"), 3, 3)}, broken={"20_parity": "died"})
-    body = json.loads(write_summary(run.folder, run.conclusion, run.notebooks).read_text(), parse_constant=refuse)
+    body = write(run)
     assert (body["verdict"], body["exit_code"]) == ("FALSIFIED", 1)
     assert body["counts"] == dict(run.conclusion.counts)
     assert body["score"] == run.conclusion.score
     assert list(body["claims"]) == list(load_claims())
-    assert body["notebooks"]["20_parity"] == {"seconds": 4.25, "complete": False, "reason": "died"}
+    end = {"seconds": 4.25, "complete": False, "reason": "died", "html": "20_parity.html"}
+    assert body["notebooks"]["20_parity"] == end
     one = body["claims"]["F-PAR-003"]
     evidence = run.conclusion.by_claim["F-PAR-003"][2]
     assert one["measured"] == evidence.measured["value"]
@@ -36,22 +53,85 @@ def test_everything_declared(make_run: Callable[..., Any]) -> None:
     assert (run.folder / one["evidence"]).is_file()
     assert one["evidence"] == evidence_file(evidence)
     assert body["claims"]["F-GT-001"]["measured"] is None
+    assert (body["missing"], body["damaged"]) == ([], {})
+    assert read_summary(run.folder) == summarise(run.folder, run.conclusion, run.notebooks)
+
+
+def test_what_is_known_of_the_noise(make_run: Callable[..., Any]) -> None:
+    """A count is exact, a floor is a width, rows bring their interval, and nothing else is sure."""
+    rows = [
+        {"quantity": "tpot_s median", "value": 0.01},
+        {"quantity": "tpot_s 95 % low", "value": 0.009},
+        {"quantity": "tpot_s 95 % high", "value": 0.012},
+        {"quantity": "backend", "value": "cpu"},
+        {"quantity": "decode_tok_s", "value": 100},
+    ]
+    run = make_run(changes={"F-THR-006": Finding(0.5, 5, 5, rows=rows)})
+    claims = summarise(run.folder, run.conclusion, run.notebooks).claims
+    assert claims["F-GT-001"].metrics == {"mismatched_values": Metric(0.0, 0.0, 0.0)}
+    floored = claims["F-PAR-002"].metrics["rel_l2"]
+    assert floored.high - floored.low == pytest.approx(1.2e-7)
+    assert claims["F-THR-006"].metrics == {
+        "mbu": Metric(0.5, None, None),
+        "tpot_s": Metric(0.01, 0.009, 0.012),
+        "decode_tok_s": Metric(100.0, None, None),
+    }
 
 
 def test_hostile_strings(hostile: Any) -> None:
-    """They come back as they were, in ASCII."""
-    data = write_summary(hostile.folder, hostile.conclusion, hostile.notebooks).read_bytes()
-    assert data.isascii()
-    assert json.loads(data)["subject"]["name"] == "<script>window.PWN=1</script>"
+    """They come back as they were, in ASCII; in Markdown they are text."""
+    body = write(hostile)
+    assert (hostile.folder / "summary.json").read_bytes().isascii()
+    assert body["subject"]["name"] == "<script>window.PWN=1</script>"
+    text = (hostile.folder / "summary.md").read_text("utf-8")
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "\x1b" not in text
+    assert all(line.count("|") - line.count("\\|") in (0, 7) for line in text.splitlines())
+
+
+def test_markdown(make_run: Callable[..., Any]) -> None:
+    """The verdict first, then refuted, undecided and not run in that order, and what held folded away."""
+    run = make_run(changes={"F-PAR-007": Finding(3.0, 9, 9), "F-GT-001": None})
+    (run.folder / "evidence" / "F-GT-002-x-y.json").write_text("{")
+    run.conclusion = conclude(run.folder)
+    text = markdown(summarise(run.folder, run.conclusion, run.notebooks))
+    assert text.startswith("## FALSIFIED: pygmy\n")
+    assert "**Incomplete:** 1 evidence files cannot be read, 1 declared claims left no evidence." in text
+    assert text.index("| F-PAR-007 |") < text.index("| F-GT-001 |") < text.index("| F-GT-010 |")
+    assert f"<summary>{run.conclusion.counts['CORROBORATED']} held</summary>" in text
 
 
 def test_no_evidence_no_file(make_run: Callable[..., Any]) -> None:
     """A subject that was not opened has claims without evidence, and says why."""
     run = make_run(diagnosis={"error": "E", "message": "m", "exit_code": 4})
-    body = json.loads(write_summary(run.folder, run.conclusion, {}).read_text())
+    body = write(run)
     assert {c["evidence"] for c in body["claims"].values()} == {None}
     assert body["claims"]["F-GT-001"]["reason"] == "subject could not be opened: m"
     assert body["diagnosis"]["message"] == "m"
+    assert body["missing"] == []
+
+
+def test_an_undeclared_refutation_is_in_it(make_run: Callable[..., Any]) -> None:
+    """A run of one notebook into which a refutation of another was copied."""
+    run = make_run(notebooks=("00_ground_truth",))
+    (run.folder / "two").mkdir()
+    two = build(run.folder / "two", changes={"F-PAR-007": Finding(3.0, 9, 9)})
+    path = next((two.folder / "evidence").glob("F-PAR-007-*.json"))
+    (run.folder / "evidence" / path.name).write_bytes(path.read_bytes())
+    run.conclusion = conclude(run.folder)
+    body = write(run)
+    assert body["verdict"] == "FALSIFIED"
+    assert body["claims"]["F-PAR-007"]["verdict"] == "FALSIFIED"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}', '{"schema": 2}', None])
+def test_a_summary_that_cannot_be_read(text: str | None, tmp_path: Any) -> None:
+    """Named, with what to do."""
+    if text is not None:
+        (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(FormatError, match="write it again with `apr report page"):
+        read_summary(tmp_path)
 
 
 def test_a_write_that_fails_is_typed(make_run: Callable[..., Any]) -> None:
