@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from apr_core.contract.admit import admit
 from apr_core.contract.types import ValidatedModel
-from apr_core.engines.cuda import CudaQwen2, attest, exact_products
+from apr_core.engines.cuda import CudaQwen2, attest, exact_products, weight_bytes
 from apr_core.engines.streaming import StreamedCudaQwen2, estimate
 from apr_core.engines.subject import resolve_model
 from apr_core.falsify.verdict import Verdict
@@ -138,7 +138,7 @@ def parity(
     """Run the whole suite under the contract; return the finding, what is doubtful about it, and its rows."""
     bench = prepare(validated, Qwen2(validated), ids, contract=CONTRACT)
     report = examine(bench, model)
-    witness = attest(model, ids[:1], sum(4 * prod(t.shape) for t in validated.tensors.values()))
+    witness = attest(model, ids[:1], weight_bytes(validated))
     doubt = witness.doubt
     if report.verdict is Verdict.INCONCLUSIVE:
         doubt = report.reason

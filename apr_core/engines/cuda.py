@@ -1,17 +1,18 @@
 """
 The reference on a CUDA device: the same module in eager torch, with everything off that rounds without being asked.
 
-TF32 and reduced-precision sums are off while it runs, attention goes through torch's fused kernel with an explicit mask
-and scale, keys and values are float32. It runs on the CPU too (``device="cpu"``), which is how a machine without a
-device tests this file. That it really ran on a device is attested, never assumed: an engine that falls back in silence
-would agree with itself.
+TF32 and reduced-precision sums are off while it runs. Attention goes through torch's own function with an explicit mask
+and scale, in its plain form: the fused float32 kernel of a device multiplies in pieces of TF32. Keys and values are
+float32. It runs on the CPU too (``device="cpu"``), which is how a machine without a device tests this file. That it
+really ran on a device is attested, never assumed: an engine that falls back in silence would agree with itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from apr_core.contract.layout import HEAD
 from apr_core.contract.types import ValidatedModel
 from apr_core.model.linear import Place, Weights
 from apr_core.model.qwen2 import KVCache, Qwen2
@@ -28,7 +31,7 @@ from apr_core.model.trace import Trace, TracedForward
 
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Mix the values as `model.qwen2.attend` does, through torch's fused kernel."""
+    """Mix the values as `model.qwen2.attend` does, through torch's own function."""
     heads, tokens, head_dim = q.shape
     # An explicit mask: `is_causal` would align the first query with the first key, not the last with the last, and so
     # hide the past from every cached step of several tokens.
@@ -40,7 +43,7 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Turn TF32 and reduced-precision sums off, and leave the settings as they were."""
+    """Turn TF32, reduced-precision sums and fused attention off, and leave the settings as they were."""
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     switches = (
@@ -53,7 +56,8 @@ def exact_products() -> Iterator[None]:
     for owner, name in switches:
         setattr(owner, name, False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         for (owner, name), value in zip(switches, before, strict=True):
             setattr(owner, name, value)
@@ -61,7 +65,7 @@ def exact_products() -> Iterator[None]:
 
 class CudaQwen2(Qwen2):
     """
-    The reference with fused attention and exact products. Implements `TracedForward`.
+    The reference with torch's own attention and exact products. Implements `TracedForward`.
 
     Args:
         validated: The admitted weights and their configuration.
@@ -70,7 +74,7 @@ class CudaQwen2(Qwen2):
         weights: As `Qwen2`.
     """
 
-    backend = "torch, fused attention"
+    backend = "torch, its own attention"
 
     def __init__(
         self,
@@ -99,7 +103,7 @@ class Attestation:
         device: What the model says it runs on.
         allocated_bytes: Held on the device by this process.
         expected_bytes: What the weights take at least.
-        kernels: Kernels that ran on the device during the forward.
+        kernels: Kernels that ran on the device during the forward; copies and fills are none.
     """
 
     device: str
@@ -131,5 +135,16 @@ def attest(model: TracedForward, ids: NDArray[np.int64], expected_bytes: int) ->
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         model.forward(ids)
         torch.cuda.synchronize()
-    kernels = sum(1 for event in seen.events() or () if str(event.device_type).endswith("CUDA"))
-    return Attestation(model.device, torch.cuda.memory_allocated(), expected_bytes, kernels)
+    return Attestation(model.device, torch.cuda.memory_allocated(), expected_bytes, count_kernels(seen.events() or ()))
+
+
+def count_kernels(events: Iterable[Any]) -> int:
+    """Count what computed on the device: a forward on the host copies its ids there and back too."""
+    on_device = (str(event.name) for event in events if str(event.device_type).endswith("CUDA"))
+    return sum(1 for name in on_device if not name.startswith(("Memcpy", "Memset")))
+
+
+def weight_bytes(validated: ValidatedModel) -> int:
+    """Bytes that the weights take in float32; a tied head that the file stores besides is not held twice."""
+    tensors = {n: t for n, t in validated.tensors.items() if not (validated.tied and n == HEAD)}
+    return sum(4 * prod(tensor.shape) for tensor in tensors.values())

@@ -7,7 +7,8 @@ nothing falls back to another precision or device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_type_hints
 
@@ -55,10 +56,28 @@ def build(admission: Admission, *, device: str = "cpu", precision: str = "refere
     """
     make = engine_for(precision, device)
     validated = admission.require()
-    try:
+    with fitting(admission.checkpoint.path):
         return require_traced(make(validated, device, tokenizer_of(validated)))
-    except MemoryError as error:
-        raise LoadError(f"{admission.checkpoint.path} does not fit into memory: {error}", advice="free some") from error
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """
+    Say that a model is too large for where it was to live, in the words of this project.
+
+    Raises:
+        LoadError: The machine or the device is out of memory.
+    """
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise LoadError(
+            f"{path} does not fit into memory: {first}",
+            advice="use a quantised GGUF, stream its layers (--budget-mb), or compute on the CPU (--device cpu)",
+        ) from error
 
 
 def load_plain(source: str | Path | Admission | ValidatedModel) -> PlainQwen2:

@@ -6,7 +6,8 @@ it leaves out: biases, activations, a tied head that is not held twice, and the 
 are what is mapped or kept pinned. The choice between the two modes says its reason and can be forced by a budget.
 
 On CUDA every layer lies decoded in pinned memory, and the next one is copied on its own stream while this one computes:
-two layers on the device. On the CPU a layer is decoded from the mapping when its turn comes and dropped behind it.
+two layers on the device. On the CPU a layer is decoded from the mapping when its turn comes, and dropped behind it, its
+pages of the mapping too: one layer in memory.
 Exactness: the same operations on the same values in the same order as the full model: equal bit for bit.
 Cost: on CUDA one copy of all layers per forward; on the CPU one decoding of all layers per forward.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from apr_core.contract.layout import Geometry, expected_tensors
 from apr_core.contract.types import Validated, ValidatedModel
 from apr_core.engines.cuda import CudaQwen2
+from apr_core.engines.load import fitting
 from apr_core.errors import LoadError
+from apr_core.formats.checkpoint import Checkpoint
 from apr_core.model.config import Qwen2Config
 from apr_core.model.linear import Place, Weights
 from apr_core.model.qwen2 import Attend, DecoderLayer, Qwen2
@@ -52,7 +56,7 @@ class Estimate:
         norm: The last norm.
         cache: Keys and values of all positions.
         activations: What one forward holds beside them at most.
-        stored: Bytes of all layers as the file holds them.
+        stored: Bytes of all layers as the file holds them: what is mapped while they are streamed on the CPU.
     """
 
     layer: int
@@ -62,7 +66,7 @@ class Estimate:
     norm: int
     cache: int
     activations: int
-    stored: int
+    stored: int = 0
 
     @property
     def resident(self) -> int:
@@ -89,49 +93,37 @@ class Plan:
     budget_bytes: int
 
 
-def specified(config: Qwen2Config, positions: int = POSITIONS) -> Estimate:
-    """Return the specification's estimate: float32, no biases, no activations, the embedding not on the device."""
-    h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    return Estimate(
-        layer=FLOAT * (h * (h + 2 * kv) + h * h + 3 * h * config.intermediate_size + 2 * h),
-        layers=config.num_hidden_layers,
-        head=FLOAT * h * config.vocab_size,
-        embedding=0,
-        norm=FLOAT * h,
-        cache=FLOAT * 2 * config.num_hidden_layers * positions * kv,
-        activations=0,
-        stored=0,
-    )
-
-
 def estimate(validated: ValidatedModel, positions: int = POSITIONS, prefill: int = PREFILL) -> Estimate:
     """
-    Estimate what this very file takes, tensor by tensor.
+    Estimate what this very file takes.
 
     Args:
         validated: The model.
         positions: Length of the cache.
         prefill: Tokens per forward at most.
     """
-    config = Qwen2Config.of(validated)
-    layers: dict[int, list[Validated]] = {}
-    for name, tensor in validated.tensors.items():
-        if name.startswith("model.layers."):
-            layers.setdefault(int(name.split(".")[2]), []).append(tensor)
-    tokens, heads = min(prefill, positions), config.num_attention_heads
-    table = FLOAT * config.hidden_size * config.vocab_size
-    widest = max(3 * config.intermediate_size, 4 * heads * config.head_dim) + 4 * config.hidden_size
+    found = estimate_of(validated.geometry, positions, prefill)
+    layers = (t.raw.info.nbytes for name, t in validated.tensors.items() if name.startswith("model.layers."))
+    return replace(found, stored=sum(layers))
+
+
+def estimate_of(geometry: Geometry, positions: int = POSITIONS, prefill: int = PREFILL) -> Estimate:
+    """Estimate what a model of these sizes takes, tensor by tensor; as `estimate`, without the bytes of a file."""
+    one = [prod(shape) for name, (_, shape) in expected_tensors(geometry).items() if name.startswith("model.layers.0.")]
+    tokens, heads, hidden = min(prefill, positions), geometry.num_attention_heads, geometry.hidden_size
+    table = FLOAT * hidden * geometry.vocab_size
+    widest = max(3 * geometry.intermediate_size, 4 * heads * geometry.head_dim) + 4 * hidden
     # scores and their softmax stand beside each other; the logits of a prefill are its last and largest result
     scores = 2 * heads * tokens * positions
+    slot = 2 * geometry.num_key_value_heads * geometry.head_dim
     return Estimate(
-        layer=max(FLOAT * sum(prod(t.shape) for t in parts) for parts in layers.values()),
-        layers=len(layers),
+        layer=FLOAT * sum(one),
+        layers=geometry.num_hidden_layers,
         head=table,
-        embedding=0 if config.tie_word_embeddings else table,
-        norm=FLOAT * config.hidden_size,
-        cache=FLOAT * 2 * len(layers) * positions * config.num_key_value_heads * config.head_dim,
-        activations=FLOAT * max(tokens * widest + scores, tokens * (config.vocab_size + config.hidden_size)),
-        stored=sum(t.raw.info.nbytes for parts in layers.values() for t in parts),
+        embedding=0 if geometry.tied else table,
+        norm=FLOAT * hidden,
+        cache=FLOAT * geometry.num_hidden_layers * positions * slot,
+        activations=FLOAT * max(tokens * widest + scores, tokens * (geometry.vocab_size + hidden)),
     )
 
 
@@ -152,7 +144,10 @@ def choose(found: Estimate, budget_bytes: int, *, ahead: int = 1) -> Plan:
     if found.full <= usable:
         return Plan("full", f"all layers at once: {full_mb} MB of {usable_mb} MB usable", found, budget_bytes)
     if slim <= usable:
-        reason = f"layer by layer: {full_mb} MB for all layers, {usable_mb} MB usable, {slim_mb} MB needed so"
+        reason = (
+            f"layer by layer: {full_mb} MB for all layers, {usable_mb} MB usable, {slim_mb} MB needed so "
+            f"({found.stored // MB} MB of layers stay in the file)"
+        )
         return Plan("streaming", reason, found, budget_bytes)
     raise LoadError(
         f"expected {slim_mb} MB for one layer at a time ({full_mb} MB for all), found {usable_mb} MB usable of "
@@ -177,11 +172,13 @@ class Arena(Place):
     """
     A place to which tensors are brought again and again: decoded once into pinned memory, copied on a stream.
 
-    Without a CUDA device there is nothing to pin and no stream: a tensor is decoded each time, and nothing is kept.
+    Without a CUDA device there is nothing to pin and no stream: a tensor is decoded each time, and nothing is kept. In
+    either case the pages that it was decoded from are let go.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, checkpoint: Checkpoint) -> None:
         super().__init__(device)
+        self._checkpoint = checkpoint
         self.on_cuda = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if self.on_cuda else None
         self._pinned: dict[str, Tensor] = {}
@@ -190,9 +187,12 @@ class Arena(Place):
     def take(self, tensor: Validated) -> Tensor:
         """Bring a tensor here; on CUDA behind what this stream still copies."""
         if not self.on_cuda:
-            return super().take(tensor)
+            taken = super().take(tensor)
+            self._checkpoint.release(tensor.name)
+            return taken
         if tensor.name not in self._pinned:
             self._pinned[tensor.name] = torch.from_numpy(tensor.values()).pin_memory()
+            self._checkpoint.release(tensor.name)
         arriving = self._pinned[tensor.name].to(self.device, non_blocking=True)
         self.moved.append(arriving)
         return arriving
@@ -247,7 +247,7 @@ class StreamedQwen2(Qwen2):
     backend = "torch, streamed"
 
     def __init__(self, validated: ValidatedModel, device: str = "cpu", tokenizer: Tokenizer | None = None) -> None:
-        super().__init__(validated, device, tokenizer, weights=Weights(validated, Arena(device)))
+        super().__init__(validated, device, tokenizer, weights=Weights(validated, Arena(device, validated.checkpoint)))
 
     def make_layers(self, weights: Weights, attend: Attend) -> Iterable[DecoderLayer]:
         """Return layers that come and go."""
@@ -257,10 +257,10 @@ class StreamedQwen2(Qwen2):
 class StreamedCudaQwen2(CudaQwen2):
     """`CudaQwen2` with its layers streamed."""
 
-    backend = "torch, fused attention, streamed"
+    backend = "torch, its own attention, streamed"
 
     def __init__(self, validated: ValidatedModel, device: str = "cuda", tokenizer: Tokenizer | None = None) -> None:
-        super().__init__(validated, device, tokenizer, weights=Weights(validated, Arena(device)))
+        super().__init__(validated, device, tokenizer, weights=Weights(validated, Arena(device, validated.checkpoint)))
 
     def make_layers(self, weights: Weights, attend: Attend) -> Iterable[DecoderLayer]:
         """Return layers that come and go."""
@@ -280,14 +280,14 @@ def fit(
         budget_bytes: Memory to plan with; None for what is free.
 
     Raises:
-        LoadError: Neither mode fits.
+        LoadError: Neither mode fits, or the memory is gone all the same.
     """
     cuda = device.startswith("cuda")
     budget = available_bytes(device) if budget_bytes is None else budget_bytes
     plan = choose(estimate(validated, _cache_length(validated)), budget, ahead=1 if cuda else 0)
-    if plan.mode == "full":
-        return (CudaQwen2 if cuda else Qwen2)(validated, device, tokenizer), plan
-    return (StreamedCudaQwen2 if cuda else StreamedQwen2)(validated, device, tokenizer), plan
+    whole, streamed = (CudaQwen2, StreamedCudaQwen2) if cuda else (Qwen2, StreamedQwen2)
+    with fitting(validated.checkpoint.path):
+        return (whole if plan.mode == "full" else streamed)(validated, device, tokenizer), plan
 
 
 def _cache_length(validated: ValidatedModel) -> int:

@@ -172,6 +172,19 @@ class Checkpoint:
         data.flags.writeable = False
         return RawTensor(info, data)
 
+    def release(self, name: str) -> None:
+        """
+        Let the pages of a tensor go; whoever looks at it again reads the file again.
+
+        The mapping is private and nothing of ours writes through it, so there is nothing to lose. Does nothing where
+        the system has no such call, or the bytes were unpacked and lie in no file.
+        """
+        info = self.tensors[name]
+        held = self._maps[info.file].obj if not self._closed else None
+        if isinstance(held, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            held.madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+
     @cached_property
     def content_hash(self) -> str:
         """The sha256 of the weight files in order, as hex. Cost: one pass over all bytes, then cached."""

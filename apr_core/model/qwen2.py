@@ -230,6 +230,7 @@ class Qwen2(Sealed):
         rotary = Rotary(self.config, cache.length, ids.size, self.torch_device, x.dtype)
         for layer in self.layers:
             x = layer(x, rotary, cache, trace)
+            del layer  # of streamed layers the next is built now, and this one must be gone by then
         x = note(trace, "final_hidden", self.norm(x))
         logits = note(trace, "logits", self.lm_head(x))
 

@@ -292,6 +292,20 @@ def test_writing_through_the_mapping_stays_private(tmp_path: Path) -> None:
     assert path.read_bytes() == VALID_SAFETENSORS
 
 
+@pytest.mark.parametrize("kind", VALID)
+def test_released_bytes_come_back(kind: str, tmp_path: Path) -> None:
+    """Whoever holds a view reads the file again; what was unpacked stays, and a closed file has nothing to let go."""
+    (tmp_path / "m").write_bytes(VALID[kind])
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        for name in checkpoint.tensors:
+            view = checkpoint.raw(name).data
+            before = view.tobytes()
+            checkpoint.release(name)
+            assert view.tobytes() == before == checkpoint.raw(name).data.tobytes()
+    for name in checkpoint.tensors:
+        checkpoint.release(name)
+
+
 def test_unknown_tensor(tmp_path: Path) -> None:
     """Asking for a tensor that is not there says so."""
     (tmp_path / "m").write_bytes(VALID_SAFETENSORS)
