@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # What CI and `make check` run: lint, types, layers, tests with branch coverage, notebooks against their references.
-# Prints the time of each part and stops at the first that fails.
+# Two lanes at a time, for the two cores that CI has. Prints the time of each part; the first lane that fails ends it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$apr_root"
+export OMP_NUM_THREADS=1
+logs="$(mktemp -d)"
+trap 'kill -- -$(jobs -p) 2>/dev/null || true; rm -rf "$logs"' EXIT
 
 part() {
     local name="$1" start="$SECONDS"
@@ -13,11 +16,44 @@ part() {
     echo "== $name: $((SECONDS - start)) s"
 }
 
-part ruff ruff check .
-part format ruff format --check .
-part mypy mypy
-part layers lint-imports
-part pytest pytest -q -m "not slow and not browser" --ignore=tests/attacks --cov --cov-report=term:skip-covered
-part attacks pytest -q tests/attacks
-part zoo python -m apr_core zoo matrix --quick --out "$(mktemp -d)" pygmy
-part nbval pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 240 -p no:cacheprovider notebooks
+# Run two functions beside each other, the first in the background; its output is shown whole when both are done.
+lanes() {
+    local failed=0 other
+    set -m  # a process group of its own, so that it ends with this script
+    "$1" >"$logs/$1" 2>&1 &
+    other=$!
+    set +m
+    "$2"
+    wait "$other" || failed=$?
+    cat "$logs/$1"
+    return "$failed"
+}
+
+static() {
+    part ruff ruff check .
+    part format ruff format --check .
+    part mypy mypy
+    part layers lint-imports
+}
+
+# Every kernel once: the workers of pytest would otherwise compile the same functions each for itself.
+kernels() {
+    part kernels python -c "
+from apr_core.kernels.registry import load_kernels
+for kernel in load_kernels().values():
+    for arguments in kernel.examples():
+        kernel.run(*arguments)"
+}
+
+nbval() {
+    part nbval pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 240 -p no:cacheprovider notebooks
+}
+
+zoo() {
+    part zoo python -m apr_core zoo matrix --quick --out "$logs/zoo" pygmy
+}
+
+lanes kernels static
+part pytest pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not slow and not browser" \
+    --cov --cov-report=term:skip-covered --durations=15
+lanes nbval zoo
