@@ -267,6 +267,12 @@ def _no_minimum(blocks: F32) -> Any:
     return blocks - blocks.min(axis=2, keepdims=True)
 
 
+def _half_arrived(before: str) -> Edit:
+    """Add nothing to the second half of the columns: the rows of the matrix that writes them are still zero."""
+    take = _as(before)
+    return lambda x, seen: np.where(np.arange(x.shape[1]) < x.shape[1] // 2, x, take(x, seen))
+
+
 def _partial_columns(x: F32, seen: Seen) -> Any:
     return x * (np.arange(x.shape[1]) < x.shape[1] // 96 * 96)
 
@@ -427,6 +433,24 @@ def _by(offset: int) -> Edit:
     return _moved(lambda at, seen: at + offset)
 
 
+def _yarn(original: int, *, turns: bool = True, heat: bool = True) -> Edit:
+    """
+    Extend the context by 4 as YaRN does: slow pairs turn a quarter as fast, and scores are hotter.
+
+    Source: arXiv:2309.00071, with the bounds of the Hugging Face implementation (32 and 1 turns of the old context).
+    """
+
+    def angles(seen: Seen) -> NDArray[np.float64]:
+        size, theta = seen.config.head_dim, seen.config.rope_theta
+        bounds = [size * np.log(original / (2 * np.pi * n)) / (2 * np.log(theta)) for n in (32, 1)]
+        low, high = np.floor(bounds[0]), np.ceil(bounds[1])
+        slow = np.clip((np.arange(size // 2) - low) / (high - low), 0, 1)
+        return _angles()(seen) * (1 - 0.75 * slow if turns else 1)
+
+    turn, hotter = _rope(angles), _scale(1 + 0.1 * np.log(4) if heat else 1)
+    return lambda x, seen: hotter(turn(x, seen), seen)
+
+
 def _coarse(bits: int) -> Edit:
     """Turn by angles of so few bits of mantissa."""
     narrow = _narrow(bits)
@@ -507,6 +531,14 @@ _POSITIONS = (
         ("rope-precision", "backend-position", "llama.cpp 12957", _SEE),
         ("bfloat16", "angles kept in bfloat16", QK, _coarse(7)),
         ("float16", "angles kept in float16", QK, _coarse(10)),
+    ),
+    # No model with YaRN is run here, so one side has it and the other has not: which one, no statistic can tell.
+    *_class(
+        ("yarn-lost", "backend-position", "peers K7, llama.cpp 12957", _SEE),
+        ("whole", "one side extends its context by YaRN, the other does not", QK, _yarn(32768)),
+        ("turns", "the slow pairs turn as fast as without the extension", QK, _yarn(32768, heat=False)),
+        ("heat", "the scores are as hot as without the extension", QK, _yarn(32768, turns=False)),
+        ("original", "extended from another original context", QK, _yarn(2048)),
     ),
     *_class(
         ("rope-partial", "backend-position", "Round 48, PMAT-216", _SEE),
@@ -679,6 +711,13 @@ _KERNELS = (
         ("attention", "attention of the first layer is skipped", r"layers\.0\.resid_attn", _minus(MIXED)),
         ("ffn", "the MLP of the last layer is skipped", LAST + "resid_ffn", _as(MID)),
         ("in-decode", "the last layer is skipped in cached steps", LAST + "resid_ffn", _as(BELOW), _decode),
+    ),
+    *_class(
+        ("streamed-layer", "backend-kernel", "GH-201", _SEE),
+        ("half", "the last layer runs while half of down_proj is on its way", LAST + "resid_ffn", _half_arrived(MID)),
+        ("values", "the first layer runs before its v_proj is there", r"layers\.0\.v", _fill(0)),
+        ("buffer", "o_proj's buffer still holds half of zeros", LAST + "resid_attn", _half_arrived(BELOW)),
+        ("in-decode", "in cached steps half of down_proj is missing", LAST + "resid_ffn", _half_arrived(MID), _decode),
     ),
     *_class(
         ("layer-repeated", "backend-kernel", "peers.md N5", _SEE),

@@ -1,7 +1,8 @@
 """
-Faults of the start of an action: a receipt of a model that is another by now, and a command without its gate.
+Faults of the start of an action: a receipt of a model that is another by now, a command without its gate, a model that
+is larger than where it is to live.
 
-Each fault starts `apr run` on a broken model as a person does, with the fault planted, and returns the exit code.
+Each fault starts `apr run` as a person does, with the fault planted, and returns the exit code.
 """
 
 from __future__ import annotations
@@ -11,15 +12,25 @@ import io
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from apr_core.contract import receipt
+from apr_core.contract.admit import admit
+from apr_core.contract.types import Validated
+from apr_core.engines import streaming
+from apr_core.engines.streaming import Estimate, Plan
+from apr_core.engines.streaming import choose as honest_choice
 from apr_core.engines.subject import BUNDLED
 from apr_core.errors import Exit
+from apr_core.model.linear import Place
 from apr_core.zoo.suite import SuiteFault
 
 TAIL = 4096  # bytes at the end of the weights that become NaN
@@ -64,6 +75,43 @@ def ungated(edit: Callable[[Any], Mapping[str, Any]]) -> Callable[[Path], int]:
     return run
 
 
+def too_small(choose: Callable[..., Plan] = honest_choice) -> Callable[[Path], int]:
+    """Start an action on a device that holds the head and one layer, with another way to choose the mode."""
+
+    def run(folder: Path) -> int:
+        held, honest = 0, Place.take
+
+        def let_go(nbytes: int) -> None:
+            nonlocal held
+            held -= nbytes
+
+        def take(place: Place, tensor: Validated) -> torch.Tensor:
+            nonlocal held
+            taken = honest(place, tensor)
+            held += taken.nbytes
+            weakref.finalize(taken, let_go, taken.nbytes)
+            if held > room:
+                raise torch.OutOfMemoryError(f"{held} bytes asked for, {room} there")
+            return taken
+
+        with admit(BUNDLED["pygmy"]).checkpoint as checkpoint:
+            found = streaming.estimate(admit(checkpoint).require())
+        room = found.head + found.layer + found.norm
+        budget = str((found.full + found.streaming(0)) // 2 * 10 // 9 // streaming.MB)
+        with patch.object(Place, "take", take), patch.object(streaming, "choose", choose):
+            return _apr("run", "pygmy", PROMPT, "-n", "1", "--device", "cpu", "--budget-mb", budget)
+
+    return run
+
+
+def _all_at_once(found: Estimate, budget_bytes: int, *, ahead: int = 1) -> Plan:
+    return Plan("full", "nobody asked how much memory there is", found, budget_bytes)
+
+
+def _half_counted(found: Estimate, budget_bytes: int, *, ahead: int = 1) -> Plan:
+    return honest_choice(replace(found, layers=found.layers // 2), budget_bytes, ahead=ahead)
+
+
 def rewrite(model: Path) -> None:
     """Fill the end of the weights with NaN in place, and set the dates back."""
     _break(model / "model.safetensors")
@@ -106,4 +154,6 @@ START_FAULTS = (
         "round 53",
         ungated(lambda d: {"run": d.CommandClass(d.Kind.ACTION)}),
     ),
+    SuiteFault("memory-overflow", "a model beyond the memory, not streamed", "GH-201", too_small(_all_at_once)),
+    SuiteFault("memory-half-counted", "an estimate of half of the layers", "GH-201", too_small(_half_counted)),
 )

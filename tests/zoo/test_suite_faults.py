@@ -47,7 +47,7 @@ def test_no_fault_of_the_suite_ends_in_success(fault, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "code"),
-    [*zip(starts.START_FAULTS, (5, 5, 5, Exit.USAGE, Exit.UNEXPECTED, Exit.UNEXPECTED), strict=True)],
+    [*zip(starts.START_FAULTS, (5, 5, 5, Exit.USAGE, Exit.UNEXPECTED, Exit.UNEXPECTED, 6, 6), strict=True)],
     ids=lambda value: getattr(value, "id", ""),
 )
 def test_no_action_starts_behind_its_gate(fault, code, tmp_path):
@@ -59,6 +59,7 @@ def test_the_controls_of_the_starts_answer(tmp_path):
     """An unchanged model is answered by its receipt; with its row in order the broken one is refused."""
     assert starts.stale(lambda model: None)(tmp_path / "healthy") == Exit.OK
     assert starts.ungated(lambda dispatch: {})(tmp_path / "broken") == Exit.REFUTED
+    assert starts.too_small()(tmp_path / "streamed") == Exit.OK  # the same device, and the model answers from it
 
 
 @pytest.mark.parametrize(
