@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from apr_core.contract.admit import Admission, admit
     from apr_core.contract.gated import gated
+    from apr_core.diagnose.explain import explain_failure
     from apr_core.engines.load import load_model
     from apr_core.engines.subject import Subject, obtain, open_round
     from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
@@ -29,6 +30,7 @@ _HOME = {
     "Trace": "model.trace",
     "admit": "contract.admit",
     "compare": "parity.compare",
+    "explain_failure": "diagnose.explain",
     "gated": "contract.gated",
     "generate": "model.generate",
     "load_model": "engines.load",
@@ -49,6 +51,7 @@ __all__ = [
     "Trace",
     "admit",
     "compare",
+    "explain_failure",
     "gated",
     "generate",
     "load_model",

@@ -14,6 +14,7 @@ from apr_core.cli import (
     canary,
     chat,
     check,
+    diagnose,
     explain,
     lint,
     parity,
@@ -37,7 +38,7 @@ def register(app: typer.Typer) -> None:
     """Put every command of this module into the application."""
     commands: tuple[Callable[..., None], ...] = (
         *(run, chat.chat, check.check, qa, validate.validate, inspect, tensors.tensors, lint.lint, explain.explain),
-        *(tools.tools, synth),
+        *(diagnose.diagnose, tools.tools, synth),
     )
     for command in commands:
         app.command()(command)

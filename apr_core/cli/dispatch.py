@@ -67,6 +67,7 @@ COMMANDS: Mapping[str, CommandClass] = {
     "tensors": _DIAGNOSTIC,
     "lint": _DIAGNOSTIC,
     "explain": _DIAGNOSTIC,
+    "diagnose": _DIAGNOSTIC,
     "canary create": _DIAGNOSTIC,
     "canary check": _DIAGNOSTIC,
     "convert": _action("source"),

@@ -149,7 +149,8 @@ def _exits() -> Iterator[dict[str, Any]]:
 
 
 def _causes() -> Iterator[dict[str, Any]]:
-    from apr_core.zoo.registry import CAUSES, load_zoo
+    from apr_core.diagnose.cause import CAUSES
+    from apr_core.zoo.registry import load_zoo
 
     for cause in CAUSES:
         planted = [d.id for d in load_zoo().defects.values() if d.cause == cause]

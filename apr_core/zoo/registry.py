@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from apr_core.diagnose.cause import CAUSES
 from apr_core.engines.wrap import Hook
 from apr_core.model.config import Qwen2Config
 from apr_core.zoo.draft import Draft
@@ -20,29 +21,6 @@ from apr_core.zoo.draft import Draft
 Recipe = Callable[[Draft], None]
 MakeHook = Callable[[Qwen2Config], Hook]
 Tamper = Callable[[Path], None]
-
-# The closed list of root causes that a diagnosis may name; docs/glossary.md says what each means.
-CAUSES = (
-    "container",
-    "missing-data",
-    "tensor-values",
-    "layout",
-    "naming",
-    "configuration",
-    "codec",
-    "numerics",
-    "tokenizer",
-    "template",
-    "stop",
-    "backend-attention",
-    "backend-position",
-    "backend-cache",
-    "backend-kernel",
-    "backend-sampling",
-    "converter",
-    "meter",
-    "suite",
-)
 
 
 class NotApplicable(Exception):

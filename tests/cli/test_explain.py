@@ -11,8 +11,9 @@ from apr_core.cli.app import main
 from apr_core.cli.explain import catalogue
 from apr_core.cli.lint import RULES
 from apr_core.contract.gates import load_gates
+from apr_core.diagnose.cause import CAUSES
 from apr_core.falsify.claims import load_claims
-from apr_core.zoo.registry import CAUSES, load_zoo
+from apr_core.zoo.registry import load_zoo
 
 CODES = {
     "gate": {gate.id for gate in load_gates().gates},

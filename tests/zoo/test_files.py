@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from apr_core.contract.admit import admit
+from apr_core.diagnose.cause import CAUSES
 from apr_core.engines.load import tokenizer_of
 from apr_core.errors import AprError
 from apr_core.falsify.claims import claims_of, load_claims
@@ -15,7 +16,7 @@ from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.model.config import Qwen2Config
 from apr_core.zoo import containers, edits, files, plants
 from apr_core.zoo.draft import put_together, take_apart
-from apr_core.zoo.registry import CAUSES, NotApplicable, Zoo
+from apr_core.zoo.registry import NotApplicable, Zoo
 
 GATES = [c.id for c in claims_of("10_contract_gates") if c.id not in ("F-BENIGN-001", "F-ADMIT-001")]
 BY_ID = {d.id: d for d in files.DEFECTS}

@@ -7,9 +7,10 @@ from collections import Counter
 
 import pytest
 
+from apr_core.diagnose.cause import CAUSES
 from apr_core.falsify.claims import load_claims
 from apr_core.zoo.draft import Draft
-from apr_core.zoo.registry import CAUSES, Benign, Defect, Zoo, load_zoo
+from apr_core.zoo.registry import Benign, Defect, Zoo, load_zoo
 
 
 def nothing(draft: Draft) -> None:

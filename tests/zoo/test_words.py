@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from apr_core.diagnose.cause import CAUSES
 from apr_core.engines.subject import BUNDLED
 from apr_core.falsify.claims import load_claims
 from apr_core.falsify.verdict import Verdict
@@ -16,7 +17,7 @@ from apr_core.rosetta.convert import convert
 from apr_core.zoo import words
 from apr_core.zoo.draft import Draft, take_apart
 from apr_core.zoo.matrix import evaluate
-from apr_core.zoo.registry import CAUSES, NotApplicable
+from apr_core.zoo.registry import NotApplicable
 
 PYGMY = BUNDLED["pygmy"]
 GROUND_TRUTH = {c for c in load_claims() if c.startswith("F-GT-")}
