@@ -43,6 +43,7 @@ def register(app: typer.Typer) -> None:
     for command in commands:
         app.command()(command)
     app.command(cls=Suite)(suite)
+    app.command()(lab)
     parity.register(app)
     bench.register(app)
     rosetta.register(app)
@@ -247,3 +248,17 @@ def suite(
         skip_contract=context.obj["skip_contract"],  # before the command or behind it
     )
     raise typer.Exit(code)
+
+
+def lab(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A model file or folder, or 'pygmy'.")] = "pygmy",
+    reference: Reference = "",
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Where the copies go; a new folder.  [default: apr-lab]")
+    ] = "",
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+) -> None:
+    """Open the notebooks in JupyterLab. On a copy, with the model set; the originals stay as they are."""
+    from apr_core.cli.lab import open_lab
+
+    raise typer.Exit(open_lab(model, reference=reference, out=out or "apr-lab", browser=browser))

@@ -83,6 +83,7 @@ COMMANDS: Mapping[str, CommandClass] = {
     "rosetta fingerprint": _DIAGNOSTIC,
     "rosetta validate-stats": _DIAGNOSTIC,
     "suite": _DIAGNOSTIC,
+    "lab": _DIAGNOSTIC,
     "zoo matrix": _DIAGNOSTIC,
     "zoo plant": _DIAGNOSTIC,
     "zoo run": _DIAGNOSTIC,

@@ -19,6 +19,7 @@ from apr_core.falsify.claims import load_claims
 from apr_core.falsify.evidence import Evidence
 from apr_core.falsify.finding import Finding
 from apr_core.falsify.rounds import Round
+from apr_core.report import shell as shell_
 from apr_core.report.text import clean, esc, limit_of, number, quantity, table
 from apr_core.report.whys import whys_html
 
@@ -37,9 +38,20 @@ class Shown:
         return self.text
 
 
+# Objects of lower rooms by where they live, so that nothing is imported before there is one to show.
+_OBJECTS = {
+    ("apr_core.contract.types", "Admission"): "show_admission",
+    ("apr_core.diagnose.cause", "Diagnosis"): "show_diagnosis",
+    ("apr_core.engines.subject", "Subject"): "show_subject",
+    ("apr_core.formats.checkpoint", "Checkpoint"): "show_checkpoint",
+    ("apr_core.model.trace", "Trace"): "show_trace",
+    ("apr_core.parity.compare", "ParityReport"): "show_parity",
+}
+
+
 def install() -> bool:
     """
-    Register the displays in the running IPython; does nothing, and imports nothing, outside of one.
+    Register displays, completion of keys and short errors in the running IPython; imports nothing outside of one.
 
     Returns:
         Whether there was an IPython to register with.
@@ -55,6 +67,11 @@ def install() -> bool:
     for kind, shown in ((Finding, show_finding), (Evidence, show_evidence), (Round, show_claims)):
         formats["text/html"].for_type(kind, functools.partial(_html, shown))
         formats["text/plain"].for_type(kind, functools.partial(_plain, shown))
+    for (module, name), how in _OBJECTS.items():
+        formats["text/html"].for_type_by_name(module, name, functools.partial(_html, functools.partial(_object, how)))
+        formats["text/plain"].for_type_by_name(module, name, functools.partial(_plain, functools.partial(_object, how)))
+    shell_.short_errors(shell)
+    shell_.keys_on_tab(shell)
     formats["image/svg+xml"].for_type_by_name("matplotlib.figure", "Figure", _figure)
     formats["text/plain"].for_type_by_name("matplotlib.figure", "Figure", _figure_text)
     return True
@@ -64,11 +81,11 @@ def show_finding(finding: Finding) -> Shown:
     """A measurement before it is judged: value against limit, coverage, rows, whys."""
     if not finding.claim:  # shown beside the claims, judged by none
         reason = f"{finding.not_run}: {finding.blame}" if finding.not_run is not None else finding.inconclusive
-        return _lines([f"not shown: {reason}" if reason else finding.detail], finding.rows)
+        return compose([f"not shown: {reason}" if reason else finding.detail], finding.rows)
     claim = load_claims()[finding.claim]
     if finding.not_run is not None:
         said = f"{finding.claim} not run: {finding.not_run}{f': {finding.blame}' if finding.blame else ''}"
-        return _lines([said])
+        return compose([said])
     value = "not finite" if finding.value is not None and number(finding.value) == "not finite" else finding.value
     lines = [
         f"{finding.claim} {claim.title}",
@@ -85,12 +102,12 @@ def show_finding(finding: Finding) -> Shown:
         lines.append(f"noise floor: {quantity(finding.noise_floor, claim.unit)}")
     if finding.inconclusive:
         lines.append(f"decides nothing: {finding.inconclusive}")
-    return _lines(lines, finding.rows, finding.whys)
+    return compose(lines, finding.rows, finding.whys)
 
 
 def show_evidence(evidence: Evidence) -> Shown:
     """A judged record: its canonical line, and the whys where it is falsified."""
-    return _lines([str(evidence)], whys=evidence.whys)
+    return compose([str(evidence)], whys=evidence.whys)
 
 
 def show_claims(round_: Round) -> Shown:
@@ -119,9 +136,9 @@ def show_claims(round_: Round) -> Shown:
 
 def show_whys(round_: Round) -> Shown:
     """Five whys of each falsified claim: questions and the answers that experiments gave."""
-    parts = [_lines([f"{e.id} {e.verdict}: {e.reason}"], whys=e.whys or _NO_WHYS) for e in round_.falsified()]
+    parts = [compose([f"{e.id} {e.verdict}: {e.reason}"], whys=e.whys or _NO_WHYS) for e in round_.falsified()]
     if not parts:
-        return _lines(["No claim of this round is falsified: there is nothing to explain."])
+        return compose(["No claim of this round is falsified: there is nothing to explain."])
     return Shown(Markup("").join(p.html for p in parts), "\n".join(p.text for p in parts))
 
 
@@ -168,7 +185,7 @@ def show_matrix(matrix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Round)
         cells.setdefault(name, {})[claim] = said
     claims = sorted({c for row in cells.values() for c in row})
     if not claims:
-        return _lines(["No counter-example was planted."])
+        return compose(["No counter-example was planted."])
     head = Markup("").join(
         Markup('<th scope="col"><span style="writing-mode:vertical-rl">{}</span></th>').format(esc(c, 80))
         for c in claims
@@ -209,8 +226,9 @@ def _kills(matrix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Round) -> I
 _NO_WHYS = (("Why?", "No experiment has been recorded for this claim."),)
 
 
-def _lines(lines: Sequence[str], rows: Sequence[Mapping[str, Any]] = (), whys: Sequence[tuple[str, str]] = ()) -> Shown:
-    first, *rest = [clean(line, 1000) for line in lines]
+def compose(said: Sequence[str], rows: Sequence[Mapping[str, Any]] = (), whys: Sequence[tuple[str, str]] = ()) -> Shown:
+    """Put lines (the first as a heading), a table of rows and a chain of whys into one display, all of it escaped."""
+    first, *rest = [clean(line, 1000) for line in said]
     html = Markup("<p><strong>{}</strong></p>").format(esc(first))
     if rest:
         html += Markup("<p>{}</p>").format(Markup("<br>").join(esc(line) for line in rest))
@@ -242,6 +260,13 @@ def _text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, wide, strict=True)).rstrip() for line in cells)
 
 
+def _object(how: str, thing: object) -> Shown:
+    from apr_core.report import objects
+
+    shown: Shown = getattr(objects, how)(thing)
+    return shown
+
+
 def _html(show: Callable[[Any], Shown], thing: object) -> str:
     return str(_total(show, thing).html)
 
@@ -255,7 +280,7 @@ def _total(show: Callable[[Any], Shown], thing: object) -> Shown:
     try:
         return show(thing)
     except Exception as error:
-        return _lines([f"{type(thing).__name__} could not be shown: {type(error).__name__}: {clean(error, 200)}"])
+        return compose([f"{type(thing).__name__} could not be shown: {type(error).__name__}: {clean(error, 200)}"])
 
 
 def _figure(figure: Any) -> tuple[str, dict[str, str]] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -62,35 +61,27 @@ def test_a_page_asks_for_nothing_and_fits(browser, root, page, width, scheme):
 
 
 @pytest.fixture(scope="module")
-def lab(root):
-    """JupyterLab on a copy of the notebooks; yields its address with the token."""
-    home = Path(tempfile.mkdtemp(prefix="lab-", dir=tempfile.gettempdir()))
-    shutil.copytree(root / "notebooks", home / "root", ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    settings = home / "s" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+def lab():
+    """`apr lab` as a person starts it; yields the address with the token."""
+    home = Path(tempfile.mkdtemp(prefix="lab-"))
     folders = {
         "JUPYTER_RUNTIME_DIR": "r",
         "JUPYTER_CONFIG_DIR": "c",
         "JUPYTERLAB_WORKSPACES_DIR": "w",
         "IPYTHONDIR": "i",
     }
-    env = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(home / "s"), **{k: str(home / v) for k, v in folders.items()}}
-    token = secrets.token_hex(16)
-    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"]
-    options += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={home / 'root'}", "--expose-app-in-browser"]
-    options += ["--KernelManager.transport=ipc", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    env = {**os.environ, **{k: str(home / v) for k, v in folders.items()}}
+    command = [sys.executable, "-m", "apr_core", "lab", "pygmy", "--no-browser", "--out", str(home / "copy")]
     with (home / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log, start_new_session=True
-        )
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         start = time.monotonic()
         while not (found := list((home / "r").glob("jpserver-*.json"))):  # written when the port is bound
             assert server.poll() is None, (home / "log").read_text()
             assert time.monotonic() - start < 60, (home / "log").read_text()
             time.sleep(0.1)
         time.sleep(0.3)
-        yield f"{json.loads(found[0].read_text())['url']}lab?reset&token={token}"
+        body = json.loads(found[0].read_text())
+        yield f"{body['url']}lab?reset&token={body['token']}"
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(20)
     shutil.rmtree(home, ignore_errors=True)
