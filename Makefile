@@ -47,15 +47,12 @@ check:  ## what CI runs
 slow:  ## minutes of work that CI has no time for
 	$(PY)pytest -q -m slow
 
-bench:  ## MODEL (pygmy) against its ceiling, with intervals; PEERS="--peer llama.cpp"; kept in reports/
+bench:  ## MODEL (pygmy) against its ceiling, with intervals; PEERS="--peer llama.cpp"; evidence in reports/
 	$(PY)python -m apr_core bench $(or $(MODEL),pygmy) --context 128,1024 $(PEERS) \
-	  --out reports/bench-$$(date +%Y%m%d-%H%M%S).json
+	  --out reports/bench-$$(date +%Y%m%d-%H%M%S)
 
 bench-formats:  ## opening, encoding and decoding against the field's own, in ratios
 	$(PY)python benchmarks/bench_formats.py
-
-bench-reference:  ## tokens per second of the reference against the machine's ceiling
-	$(PY)python benchmarks/bench_reference.py
 
 bench-gate:  ## the gate's one pass against the machine's read bandwidth, and its starts
 	$(PY)python benchmarks/bench_gate.py
@@ -66,4 +63,4 @@ test-browser:  ## the last report and the notebooks in a real browser
 clean:  ## caches
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
-.PHONY: help setup fmt lint types layers test test-gpu attacks attacks-long notebooks report size check slow bench bench-formats bench-gate bench-reference test-browser clean
+.PHONY: help setup fmt lint types layers test test-gpu attacks attacks-long notebooks report size check slow bench bench-formats bench-gate test-browser clean

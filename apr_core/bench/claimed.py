@@ -9,6 +9,7 @@ from apr_core.errors import UsageError
 from apr_core.falsify.verdict import Verdict
 
 METRICS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "tpot_p99_s")
+WRONG_TOKENS = "the timed tokens are not the right ones"
 _SMALLER_IS_BETTER = ("ttft_s", "tpot_p99_s")
 
 
@@ -70,7 +71,7 @@ def judge_claim(
         words = f"{claimed:g} tok/s needs {needed:.3g} GB/s; this machine reads {read_gb_s:.3g}"
         return Claimed(metric, claimed, measured, Verdict.FALSIFIED, words)
     if not tokens_right:
-        return Claimed(metric, claimed, measured, Verdict.INCONCLUSIVE, "the timed tokens are not the right ones")
+        return Claimed(metric, claimed, measured, Verdict.INCONCLUSIVE, WRONG_TOKENS)
     low, high = interval
     reached = low <= claimed if metric in _SMALLER_IS_BETTER else claimed <= high
     if not reached:

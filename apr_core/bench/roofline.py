@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from apr_core.contract.layout import EMBEDDING, HEAD, Geometry
 from apr_core.dtypes import QuantFormat
 from apr_core.formats.checkpoint import TensorInfo
+from apr_core.kernels.cpu.features import has_numba
 
 # Far beyond any cache: a larger buffer reads no faster, and a large model must not need its size twice.
 LARGEST_BUFFER = 1 << 29
@@ -101,41 +101,10 @@ def _stored(dtype: QuantFormat, rows: int, columns: int) -> int:
     return rows * math.ceil(columns / dtype.block_elements) * dtype.block_bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Roofline:
-    """
-    The bandwidth ceiling of one model on one machine.
-
-    Attributes:
-        read_bytes: Bytes that the engine moves per token.
-        samples_gb_s: Read bandwidth, every sample in order, 1e9 bytes per second.
-    """
-
-    read_bytes: int
-    samples_gb_s: NDArray[np.float64]
-
-    @property
-    def read_gb_s(self) -> float:
-        """The best sample: a ceiling is what the machine can do, not what it did on average."""
-        return float(self.samples_gb_s.max()) if self.samples_gb_s.size else math.nan
-
-    @property
-    def ceiling_tok_s(self) -> float:
-        """Tokens per second at that bandwidth."""
-        return self.read_gb_s * 1e9 / self.read_bytes
-
-    def mbu(self, decode_tok_s: float) -> float:
-        """Model bandwidth utilisation: the bandwidth that a decode rate implies over the ceiling."""
-        return decode_tok_s * self.read_bytes / (self.read_gb_s * 1e9)
-
-
 @dataclass
 class Bandwidth:
     """
-    A buffer of a model's size, read again and again between the timed repeats.
-
-    The size matters: weights that fit a cache are read faster than memory, and a ceiling measured in memory would then
-    be broken by honest tokens. Threads are those that torch uses, as in the model.
+    A buffer of a model's size, read by torch with the threads that torch uses: the ceiling where numba is missing.
     """
 
     nbytes: int
@@ -164,17 +133,14 @@ class Bandwidth:
             elapsed = (time.perf_counter_ns() - start) * 1e-9
         self.samples.append(passes * self._matrix.nbytes / elapsed / 1e9)
 
-    def roofline(self) -> Roofline:
-        """Return what was measured so far."""
-        return Roofline(self.nbytes, np.array(self.samples))
-
 
 @dataclass
 class StreamBandwidth:
     """
     A buffer as large as what one token reads, read in one stream per thread by the widest loads there are.
 
-    The ceiling of the compiled engines: nothing but reading, by the instructions that they read weights with.
+    The size matters: weights that fit a cache are read faster than memory, and a ceiling measured in memory would then
+    be broken by honest tokens.
     """
 
     nbytes: int
@@ -186,7 +152,6 @@ class StreamBandwidth:
 
         size = max(1 << 14, min(self.nbytes, LARGEST_BUFFER))
         self._part = max(256, size // self.threads // 256 * 256)
-        # ones, not empty or zeros: untouched pages are all one page, which reads at the speed of the cache
         self._buffer = np.ones(self._part * self.threads, np.uint8)
         self._team = Team(self.threads)
 
@@ -207,3 +172,8 @@ class StreamBandwidth:
                 passes += 1
                 elapsed = (time.perf_counter_ns() - start) * 1e-9
             self.samples.append(passes * self._buffer.nbytes / elapsed / 1e9)
+
+
+def ceiling_of(nbytes: int, threads: int) -> Bandwidth | StreamBandwidth:
+    """Return the buffer whose reading is the ceiling of a token that reads so many bytes."""
+    return StreamBandwidth(nbytes, threads) if has_numba() else Bandwidth(nbytes)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,10 +83,11 @@ class Throughput:
         ttft: Seconds to the first token, its choice included.
         steps: Seconds of each further token, repeat after repeat.
         tokens: What each repeat produced.
+        logits: Those of the last prompt token, one row per repeat: a rate counts for the right result alone.
         at_context: Seconds of single steps by length of context.
         warm_ups: Seconds of the runs that were thrown away.
         private_bytes: Most memory of its own that the process had at any look; None where the system does not say.
-        wall_s: Seconds around everything.
+        wall_s: Seconds on the same clock around each answer, added up.
     """
 
     backend: str
@@ -96,6 +97,7 @@ class Throughput:
     ttft: Samples
     steps: Samples
     tokens: tuple[tuple[int, ...], ...]
+    logits: tuple[NDArray[np.float32], ...]
     at_context: Mapping[int, Samples]
     warm_ups: tuple[float, ...]
     private_bytes: int | None
@@ -104,12 +106,12 @@ class Throughput:
     @property
     def prefill_tok_s(self) -> float:
         """Prompt tokens per second of the median repeat."""
-        return self.plan.prefill / self.prefill.median
+        return _per_second(self.plan.prefill, self.prefill.median)
 
     @property
     def decode_tok_s(self) -> float:
         """Tokens per second of the median step."""
-        return 1 / self.steps.median
+        return _per_second(1, self.steps.median)
 
     @property
     def p99_s(self) -> float:
@@ -124,12 +126,12 @@ class Throughput:
             "backend": self.backend,
             "threads": self.threads,
             "prefill_tok_s": self.prefill_tok_s,
-            "prefill_tok_s_interval": [self.plan.prefill / last, self.plan.prefill / first],
+            "prefill_tok_s_interval": [_per_second(self.plan.prefill, end) for end in (last, first)],
             "decode_tok_s": self.decode_tok_s,
-            "decode_tok_s_interval": [1 / slow, 1 / fast],
+            "decode_tok_s_interval": [_per_second(1, end) for end in (slow, fast)],
             "ttft_s": self.ttft.median,
             "tpot_p99_s": self.p99_s,
-            "tok_s_at_context": {str(n): 1 / samples.median for n, samples in self.at_context.items()},
+            "tok_s_at_context": {str(n): _per_second(1, samples.median) for n, samples in self.at_context.items()},
             "private_bytes": self.private_bytes,
             "warm_ups_s": list(self.warm_ups),
             "samples": {
@@ -141,21 +143,14 @@ class Throughput:
         }
 
 
-@dataclass
-class _Record:
-    """Samples in the making."""
+class Stream(NamedTuple):
+    """One timed answer: seconds to the prompt's logits, to the first token, of each further one; and what they were."""
 
-    prefill: list[float] = field(default_factory=list)
-    ttft: list[float] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)
-    tokens: list[tuple[int, ...]] = field(default_factory=list)
-    private: int | None = None
-
-    def look(self) -> None:
-        """Note the memory of this moment, when it is the most so far."""
-        seen = private_bytes()
-        if seen is not None:
-            self.private = max(seen, self.private or 0)
+    logits: NDArray[np.float32]
+    prefill_s: float
+    ttft_s: float
+    steps_s: list[float]
+    tokens: tuple[int, ...]
 
 
 def measure(
@@ -164,17 +159,21 @@ def measure(
     plan: Plan,
     *,
     threads: int | None = None,
+    warm_ups: int | None = None,
+    delay_s: float = 0.0,
     clock: Clock = time.perf_counter_ns,
     between: Callable[[], object] = lambda: None,
 ) -> Throughput:
     """
-    Time a model by a plan.
+    Time a model by a plan; end tokens do not end an answer, so that every repeat does the same work.
 
     Args:
         model: Any backend; its forward must have finished when it returns.
         prompt: int64 [plan.prefill].
         plan: What to time.
         threads: Set before anything is timed, where the backend can be told.
+        warm_ups: Prompts that leave no sample; None to go on until two in a row agree.
+        delay_s: Slept inside every further token: shows that the meter times what it runs.
         clock: Nanoseconds that do not run backwards.
         between: Called before each repeat, outside of every sample: the ceiling, or a peer.
 
@@ -184,36 +183,46 @@ def measure(
     """
     plan.require(model.config.max_position_embeddings)
     told = use_threads(model, threads)
-    begin = clock()
-    warm_ups = warm_up(lambda: last_logits(model, prompt), clock)
-    kept = _Record()
+    warm = warm_up(lambda: last_logits(model, prompt), clock, warm_ups)
+    memory = [private_bytes()]
+    streams: list[Stream] = []
+    wall = 0
     for _ in range(plan.repeats):
         between()
-        _repeat(model, prompt, plan.decode, kept, clock)
-    at_context = {length: _steps_at(model, prompt, length, plan.steps, kept, clock) for length in plan.contexts}
+        begin = clock()
+        streams.append(_answer(model, prompt, plan.decode, delay_s, clock))
+        wall += clock() - begin
+        memory.append(private_bytes())
+    at_context = {}
+    for length in plan.contexts:
+        at_context[length] = _steps_at(model, prompt, length, plan.steps, clock)
+        memory.append(private_bytes())
     return Throughput(
         backend=model.backend,
         threads=told,
         plan=plan,
-        prefill=Samples.of(kept.prefill),
-        ttft=Samples.of(kept.ttft),
-        steps=Samples.of(kept.steps),
-        tokens=tuple(kept.tokens),
+        prefill=Samples.of([stream.prefill_s for stream in streams]),
+        ttft=Samples.of([stream.ttft_s for stream in streams]),
+        steps=Samples.of([second for stream in streams for second in stream.steps_s]),
+        tokens=tuple(stream.tokens for stream in streams),
+        logits=tuple(stream.logits for stream in streams),
         at_context=at_context,
-        warm_ups=warm_ups,
-        private_bytes=kept.private,
-        wall_s=(clock() - begin) * _NANO,
+        warm_ups=warm,
+        private_bytes=max((seen for seen in memory if seen is not None), default=None),
+        wall_s=wall * _NANO,
     )
 
 
-def warm_up(run: Callable[[], object], clock: Clock = time.perf_counter_ns) -> tuple[float, ...]:
-    """Run until two durations in a row agree (`AGREEMENT`), at most six times; return the seconds of all."""
+def warm_up(
+    run: Callable[[], object], clock: Clock = time.perf_counter_ns, count: int | None = None
+) -> tuple[float, ...]:
+    """Run ``count`` times, or until two durations in a row agree (`AGREEMENT`) or six were seen; return the seconds."""
     spent: list[float] = []
-    while len(spent) < _MOST_WARM_UPS:
+    while len(spent) < (_MOST_WARM_UPS if count is None else count):
         start = clock()
         run()
         spent.append((clock() - start) * _NANO)
-        if len(spent) > 1 and abs(spent[-1] - spent[-2]) <= AGREEMENT * spent[-2]:
+        if count is None and len(spent) > 1 and abs(spent[-1] - spent[-2]) <= AGREEMENT * spent[-2]:
             break
     return tuple(spent)
 
@@ -251,7 +260,9 @@ def private_bytes() -> int | None:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))
 
 
-def couple(reference: TracedForward, prompt: Ints, tokens: Sequence[int], moved: float) -> tuple[list[int], int]:
+def couple(
+    reference: TracedForward, prompt: Ints, tokens: Sequence[int], moved: float, limit: float | None = None
+) -> tuple[list[int], int]:
     """
     Ask the reference, teacher-forced, at each timed token whether it would have chosen that one.
 
@@ -262,6 +273,7 @@ def couple(reference: TracedForward, prompt: Ints, tokens: Sequence[int], moved:
         moved: How far, in nat, a sound candidate's logits may be from the reference's beyond float32 (0 for float32).
             A token is right when the reference puts it within three times that of its own choice: two logits may each
             move so far, and other prompts somewhat further.
+        limit: What float32 may cost this model in rel_l2; None for the limit of F-PAR-001.
 
     Returns:
         The steps whose token is wrong, and how many were compared. Nothing produced compares nothing.
@@ -271,29 +283,35 @@ def couple(reference: TracedForward, prompt: Ints, tokens: Sequence[int], moved:
     made = np.asarray(tokens, np.int64)
     logits = reference.forward(np.concatenate([prompt, made[:-1]]))[prompt.size - 1 :]
     regret = logits.max(axis=1) - logits[np.arange(made.size), made]
-    slack = np.maximum(decisive_margin(logits, forward_limit()), 3 * moved)
+    slack = np.maximum(decisive_margin(logits, forward_limit() if limit is None else limit), 3 * moved)
     return [int(step) for step in np.flatnonzero(~(regret <= slack))], int(made.size)
 
 
-def _repeat(model: TracedForward, prompt: Ints, tokens: int, kept: _Record, clock: Clock) -> None:
+def _per_second(count: float, seconds: float) -> float:
+    """A rate; NaN where no time passed, which is no rate at all."""
+    return count / seconds if seconds > 0 else float("nan")
+
+
+def _answer(model: TracedForward, prompt: Ints, tokens: int, delay_s: float, clock: Clock) -> Stream:
+    """Time one answer from an empty cache; a sample ends with its token known."""
     cache = model.new_cache()
     start = clock()
     logits = last_logits(model, prompt, cache)
     read = clock()
     token = int(logits.argmax())
-    kept.prefill.append((read - start) * _NANO)
-    kept.ttft.append((clock() - start) * _NANO)
-    made = [token]
+    first = clock()
+    made, steps = [token], []
     for _ in range(tokens - 1):
-        start = clock()
+        start_step = clock()
         token = int(model.forward(np.array([token], np.int64), cache)[-1].argmax())
-        kept.steps.append((clock() - start) * _NANO)
+        if delay_s > 0:
+            time.sleep(delay_s)
+        steps.append((clock() - start_step) * _NANO)
         made.append(token)
-    kept.tokens.append(tuple(made))
-    kept.look()
+    return Stream(logits, (read - start) * _NANO, (first - start) * _NANO, steps, tuple(made))
 
 
-def _steps_at(model: TracedForward, prompt: Ints, length: int, steps: int, kept: _Record, clock: Clock) -> Samples:
+def _steps_at(model: TracedForward, prompt: Ints, length: int, steps: int, clock: Clock) -> Samples:
     """Fill a cache to a length with the prompt again and again, and time single steps behind it."""
     cache = model.new_cache()
     filled = np.resize(prompt, length)
@@ -304,5 +322,4 @@ def _steps_at(model: TracedForward, prompt: Ints, length: int, steps: int, kept:
         start = clock()
         model.forward(prompt[:1], cache)
         seconds.append((clock() - start) * _NANO)
-    kept.look()
     return Samples.of(seconds)

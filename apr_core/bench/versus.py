@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apr_core.bench.roofline import StreamBandwidth
+from apr_core.bench.roofline import ceiling_of
 from apr_core.bench.throughput import Plan, Throughput, measure
 from apr_core.bench.timing import Samples
 from apr_core.contract.admit import Admission
 from apr_core.dtypes import FORMATS
+from apr_core.errors import Unavailable
 from apr_core.model.trace import TracedForward
-from apr_core.peers.rates import RatedPeer, Rates, median_ratio
+from apr_core.peers.rates import RatedPeer, Rates, median_ratio, open_peer
 
 _PROMPTS = 3
 
@@ -31,6 +33,7 @@ class Comparison:
         read_bytes: Bytes that one of its tokens reads.
         bandwidth: Samples of the ceiling, 1e9 bytes per second.
         peers: Each peer's rounds.
+        absent: Peers that were asked for and are not here, each with the reason.
     """
 
     timed: Throughput
@@ -38,6 +41,7 @@ class Comparison:
     read_bytes: int
     bandwidth: NDArray[np.float64]
     peers: Sequence[tuple[RatedPeer, list[Rates]]]
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def read_gb_s(self) -> float:
@@ -45,21 +49,36 @@ class Comparison:
         return float(self.bandwidth.max())
 
     @property
-    def share_of_ceiling(self) -> float:
-        """Bandwidth that the median step implies, over the ceiling."""
-        return self.timed.decode_tok_s * self.read_bytes / 1e9 / self.read_gb_s
+    def ceiling_tok_s(self) -> float:
+        """Tokens per second at that bandwidth."""
+        return self.read_gb_s * 1e9 / self.read_bytes
 
     @property
-    def meter(self) -> str:
-        """What refutes the meter: a median above the ceiling by more than the ceiling's own spread; else empty."""
+    def share_of_ceiling(self) -> float:
+        """Bandwidth that the median step implies, over the ceiling."""
+        return self.timed.decode_tok_s / self.ceiling_tok_s
+
+    @property
+    def spread(self) -> float:
+        """Distance of the ceiling's quartiles, as a share of its best sample."""
         low, high = np.quantile(self.bandwidth, [0.25, 0.75])
-        spread = float((high - low) / self.read_gb_s)
-        if not self.share_of_ceiling <= 1 + spread:
-            return (
-                f"the meter: {self.timed.decode_tok_s:.4g} tok/s are {self.share_of_ceiling:.2f} of the ceiling of "
-                f"{self.read_gb_s:.3g} GB/s (spread {spread:.2f})"
+        return float((high - low) / self.read_gb_s)
+
+    def ratios(self) -> dict[str, tuple[float, float]]:
+        """Return candidate over peer, median over rounds, in decode and in prefill; of the fair peers alone."""
+        ours = self.timed
+        if not any(peer.fair for peer, _ in self.peers):
+            return {}
+        decode = [1 / float(np.median(row)) for row in ours.steps.seconds.reshape(ours.plan.repeats, -1)]
+        prefill = [ours.plan.prefill / seconds for seconds in ours.prefill.seconds.tolist()]
+        return {
+            peer.name: (
+                median_ratio(decode, [r.decode_tok_s for r in rounds]),
+                median_ratio(prefill, [r.prefill_tok_s for r in rounds]),
             )
-        return ""
+            for peer, rounds in self.peers
+            if peer.fair
+        }
 
     def body(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
@@ -70,28 +89,48 @@ class Comparison:
             "read_gb_s": self.read_gb_s,
             "bandwidth_gb_s": self.bandwidth.tolist(),
             "share_of_ceiling": self.share_of_ceiling,
-            "meter": self.meter,
-            "peers": [self._peer(peer, rounds) for peer, rounds in self.peers],
+            "ceiling_spread": self.spread,
+            "peers": self.peer_rows(),
+            "absent_peers": dict(self.absent),
         }
 
-    def _peer(self, peer: RatedPeer, rounds: list[Rates]) -> dict[str, Any]:
-        ours = self.timed
-        steps = ours.steps.seconds.reshape(ours.plan.repeats, -1)
-        decode = [1 / float(np.median(row)) for row in steps]
-        prefill = [ours.plan.prefill / seconds for seconds in ours.prefill.seconds.tolist()]
-        made, read = [r.decode_tok_s for r in rounds], [r.prefill_tok_s for r in rounds]
-        return {
-            "name": peer.name,
-            "build": peer.build,
-            "features": peer.features,
-            "fair": peer.fair,
-            "prompt": rounds[0].prompt,
-            "decode_tok_s": Samples.of(made).median,
-            "prefill_tok_s": Samples.of(read).median,
-            "decode_ratio": median_ratio(decode, made) if peer.fair else None,
-            "prefill_ratio": median_ratio(prefill, read) if peer.fair else None,
-            "samples": {"decode_tok_s": made, "prefill_tok_s": read},
-        }
+    def peer_rows(self) -> list[dict[str, Any]]:
+        """Return one row per peer: who it is by its own log, medians, samples, and the ratios if it is fair."""
+        ratios, rows = self.ratios(), []
+        for peer, rounds in self.peers:
+            made, read = [r.decode_tok_s for r in rounds], [r.prefill_tok_s for r in rounds]
+            decode, prefill = ratios[peer.name] if peer.fair else (None, None)
+            rows.append(
+                {
+                    "name": peer.name,
+                    "build": peer.build,
+                    "features": peer.features,
+                    "fair": peer.fair,
+                    "prompt": rounds[0].prompt,
+                    "decode_tok_s": Samples.of(made).median,
+                    "prefill_tok_s": Samples.of(read).median,
+                    "decode_ratio": decode,
+                    "prefill_ratio": prefill,
+                    "samples": {"decode_tok_s": made, "prefill_tok_s": read},
+                }
+            )
+        return rows
+
+
+def open_peers(names: Sequence[str], model: Path, elements: int) -> tuple[list[RatedPeer], dict[str, str]]:
+    """
+    Open the peers that are here, and say of the others why not.
+
+    Raises:
+        UsageError: There is no peer of that name, or it holds another size of the model.
+    """
+    opened, absent = list[RatedPeer](), dict[str, str]()
+    for name in names:
+        try:
+            opened.append(open_peer(name, model, elements))
+        except Unavailable as error:
+            absent[name] = error.message
+    return opened, absent
 
 
 def interleave(
@@ -102,6 +141,7 @@ def interleave(
     threads: int,
     peers: Sequence[RatedPeer],
     elements: int,
+    absent: Mapping[str, str] | None = None,
 ) -> Comparison:
     """
     Time a candidate; before each of its repeats the ceiling is read and each peer has a round.
@@ -113,9 +153,10 @@ def interleave(
         threads: Of the candidate, the ceiling and the peers.
         peers: Opened ones.
         elements: Parameters, for a backend that does not say what a token reads: it holds float32.
+        absent: Peers that are not here, with the reason.
     """
     read_bytes = int(getattr(model, "bytes_per_token", 4 * elements))
-    ceiling = StreamBandwidth(read_bytes, threads)
+    ceiling = ceiling_of(read_bytes, threads)
     rounds: list[list[Rates]] = [[] for _ in peers]
 
     def turn() -> None:
@@ -125,7 +166,8 @@ def interleave(
 
     timed = measure(model, prompt, plan, threads=threads, between=turn)
     ceiling.sample()
-    return Comparison(timed, threads, read_bytes, np.array(ceiling.samples), list(zip(peers, rounds, strict=True)))
+    met = list(zip(peers, rounds, strict=True))
+    return Comparison(timed, threads, read_bytes, np.array(ceiling.samples), met, absent or {})
 
 
 def rounds_activations(model: TracedForward) -> bool:

@@ -13,8 +13,9 @@ from apr_core.cli.dispatch import admission_of
 from apr_core.errors import Exit, UsageError
 
 if TYPE_CHECKING:
-    from apr_core.bench.throughput import Plan, Throughput
+    from apr_core.bench.throughput import Plan
     from apr_core.contract.admit import Admission
+    from apr_core.falsify.finding import Finding
     from apr_core.model.trace import TracedForward
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model file or folder, or 'pygmy'.", show_default=False)]
@@ -52,27 +53,28 @@ def bench(
         float | None, typer.Option("--assert-throughput", metavar="TOK_S", help="Exit 5 below it in decode.")
     ] = None,
     p99: Annotated[float | None, typer.Option("--assert-p99", metavar="MS", help="Exit 5 above it.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep everything as JSON; must not exist.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder, for samples and evidence.")] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Measure prompt, first token and each further one; a rate counts for the right tokens below the ceiling alone."""
     from apr_core.bench.claimed import parse_claim
     from apr_core.bench.throughput import Plan
-    from apr_core.cli.output import plain, show_json
+    from apr_core.cli.output import show_json
 
     if out is not None and out.exists():
-        raise UsageError(f"{out} exists already", advice="name another file")
+        raise UsageError(f"{out} exists already", advice="name another folder")
     claims = [parse_claim(text) for text in claim or []]
     counts = _threads(threads)
     plan = Plan(prefill, decode, repeats, _numbers(contexts, "--context"))
     admission = admission_of(context, "model")
-    body = _measure_all(admission, precision, counts, plan, peers=peer or [], claims=claims, seed=seed)
+    built = _built(admission, precision, plan)
+    body, findings = _measure_all(admission, built, counts, plan, peers=peer or [], claims=claims, seed=seed)
+    body = {"model": str(admission.checkpoint.path), "precision": precision, **body}
     body["asserted"] = _asserted(body, least, p99)
     code = _conclude(body)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(plain(body), indent=1, allow_nan=False), encoding="utf-8")
+        _keep(out, body, findings, admission)
     if as_json:
         show_json(body)
     else:
@@ -115,62 +117,90 @@ def profile(
     )
 
 
+# What is asked of every run here; the rest of notebook 30 is about the file, the meter or another device.
+CLAIMS = ("F-THR-002", "F-THR-003", "F-THR-004", "F-THR-005", "F-THR-006", "F-THR-007", "F-THR-011", "F-THR-012")
+
+
 def _measure_all(
     admission: Admission,
-    precision: str,
+    built: TracedForward,
     counts: list[int],
     plan: Plan,
     *,
     peers: list[str],
     claims: list[tuple[str, float]],
     seed: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Time every number of threads, and put the claims of notebook 30 to each run."""
     import numpy as np
 
-    from apr_core.bench.claimed import judge_claim
-    from apr_core.bench.throughput import couple
-    from apr_core.bench.versus import cost_of_rounding, interleave, rounds_activations
-    from apr_core.engines.load import build
-    from apr_core.peers.rates import open_peer
+    from apr_core.bench import acts
+    from apr_core.bench.versus import open_peers
+    from apr_core.engines.subject import Subject
+    from apr_core.falsify.finding import ACTS, Finding
 
-    built = _built(admission, precision, plan)
-    elements = sum(int(np.prod(t.shape, dtype=np.int64)) for t in admission.checkpoint.tensors.values())
-    opened = [open_peer(name, admission.checkpoint.path, elements) for name in peers]
+    path = admission.checkpoint.path
+    subject = Subject(path, admission, reference=None, device="cpu", seed=seed, max_new_tokens=plan.decode)
+    subject.peers = tuple(peers)
+    opened, absent = open_peers(peers, path, acts.count_elements(subject))
     prompt = np.random.default_rng(seed).integers(0, built.config.vocab_size, plan.prefill)
-    runs = [interleave(built, prompt, plan, threads=count, peers=opened, elements=elements) for count in counts]
-    made = {tokens for run in runs for tokens in run.timed.tokens}
-    reference = build(admission)
-    moved = cost_of_rounding(admission, reference) if rounds_activations(built) else 0.0
+    runs, rows, findings = list[dict[str, Any]](), list[dict[str, Any]](), list[Finding]()
     wrong = compared = 0
-    for tokens in made:
-        bad, count = couple(reference, prompt, tokens, moved)
-        wrong, compared = wrong + len(bad), compared + count
-    right = compared > 0 and wrong == 0
-    best = runs[-1]
-    verdicts = [
-        judge_claim(
-            metric, value, *_of(best.timed, metric), read_gb_s=best.read_gb_s, read_bytes=best.read_bytes,
-            tokens_right=right,
+    for count in counts:
+        made = acts.time_engine(
+            subject,
+            built,
+            prompt,
+            plan,
+            threads=count,
+            peers=opened,
+            absent=absent,
+            claims=claims if count == counts[-1] else (),
         )
-        for metric, value in claims
-    ]  # fmt: skip
+        acts.keep(subject, made)
+        found = [ACTS[claim](subject) for claim in CLAIMS]
+        findings += found
+        rows += [_row(finding, count, admission.bypassed) for finding in found]
+        runs.append(made.run.body())
+        bad, of = acts.wrong_tokens(subject, made)
+        wrong, compared = wrong + bad, compared + of
     return {
-        "model": str(admission.checkpoint.path),
-        "precision": precision,
         "plan": {"prefill": plan.prefill, "decode": plan.decode, "repeats": plan.repeats},
-        "runs": [run.body() for run in runs],
-        "tokens": {"compared": compared, "wrong": wrong, "moved_nat": moved},
-        "claims": [{**vars(item), "verdict": str(item.verdict)} for item in verdicts],
-        "bypassed": bool(getattr(built, "bypassed", False)),
+        "runs": runs,
+        "tokens": {"compared": compared, "wrong": wrong},
+        "claims": rows,
+        "peers_asked": peers,
+    }, findings
+
+
+def _row(finding: Finding, threads: int, bypassed: bool) -> dict[str, Any]:
+    verdict, reason = finding.judge(bypassed=bypassed)
+    return {
+        "claim": finding.claim,
+        "threads": threads,
+        "value": finding.value,
+        "verdict": str(verdict),
+        "reason": reason,
+        "why": [list(pair) for pair in finding.whys],
+        "rows": [dict(row) for row in finding.rows] if finding.claim == "F-THR-012" else [],
     }
 
 
-def _of(timed: Throughput, metric: str) -> tuple[float, tuple[float, float]]:
-    figures = timed.figures()
-    interval = figures.get(f"{metric}_interval")
-    if interval is None:
-        interval = timed.ttft.median_interval() if metric == "ttft_s" else (figures[metric], figures[metric])
-    return figures[metric], (interval[0], interval[1])
+def _keep(out: Path, body: Mapping[str, Any], findings: list[Finding], admission: Admission) -> None:
+    """Write the samples as JSON, and an evidence record for each claim that was put to a run."""
+    from apr_core import provenance
+    from apr_core.cli.output import plain
+    from apr_core.engines.subject import Subject
+    from apr_core.falsify.evidence import make_evidence, write_evidence
+
+    path = admission.checkpoint.path
+    subject = Subject(path, admission, reference=None, device="cpu", seed=0, max_new_tokens=0).record
+    (out / "evidence").mkdir(parents=True)
+    (out / "bench.json").write_text(json.dumps(plain(body), indent=1, allow_nan=False), encoding="utf-8")
+    made_by, parameters = provenance.collect(), {"model": str(path), **body["plan"]}
+    for finding in findings:
+        evidence = make_evidence(finding, subject, parameters=parameters, provenance=made_by)
+        write_evidence(evidence, out / "evidence", finding.arrays)
 
 
 def _built(admission: Admission, precision: str, plan: Plan) -> TracedForward:
@@ -221,23 +251,24 @@ def _asserted(body: Mapping[str, Any], least: float | None, p99_ms: float | None
 
 
 def _conclude(body: dict[str, Any]) -> int:
-    """Name what was refuted, and return the exit code that says so."""
-    refuted = [
+    """Name what was refuted and what is open, and return the exit code that says so."""
+    from apr_core.bench.claimed import WRONG_TOKENS
+
+    void = body["tokens"]["wrong"] or not body["tokens"]["compared"]
+    missed = [
         f"{row['what']} {row['found']:.4g}, asked {row['limit']:g}" for row in body["asserted"] if not row["holds"]
     ]
-    refuted += [f"claim {row['metric']}: {row['reason']}" for row in body["claims"] if row["verdict"] == "FALSIFIED"]
-    refuted += [run["meter"] for run in body["runs"] if run["meter"]]
-    undecided = []
-    if body["tokens"]["wrong"] or not body["tokens"]["compared"]:
-        undecided.append(f"{body['tokens']['wrong']} of {body['tokens']['compared']} timed tokens are wrong")
-    if body["bypassed"]:
-        undecided.append("the contract was bypassed (--skip-contract)")
+    named: dict[str, list[str]] = {verdict: [] for verdict in ("CORROBORATED", "FALSIFIED", "INCONCLUSIVE", "NOT_RUN")}
+    for row in body["claims"]:
+        named[row["verdict"]].append(f"{row['claim']}, {row['threads']} threads: {row['reason']}")
+    # a rate of wrong tokens neither holds nor fails
+    refuted = named["FALSIFIED"] + ([] if void else missed)
+    undecided = named["INCONCLUSIVE"] + (named["NOT_RUN"] if body["peers_asked"] else [])
+    if void and body["asserted"]:
+        undecided.append(f"what was asserted: {WRONG_TOKENS}")
     body["refuted"], body["undecided"] = refuted, undecided
-    if undecided:  # a rate of wrong tokens neither holds nor fails
-        body["verdict"] = "INCONCLUSIVE"
-        return int(Exit.INCONCLUSIVE)
-    body["verdict"] = "FALSIFIED" if refuted else "CORROBORATED"
-    return int(Exit.REFUTED) if refuted else 0
+    body["verdict"] = "FALSIFIED" if refuted else "INCONCLUSIVE" if undecided else "CORROBORATED"
+    return int(Exit.REFUTED if refuted else Exit.INCONCLUSIVE if undecided else Exit.OK)
 
 
 def _show(body: Mapping[str, Any]) -> None:
@@ -252,10 +283,16 @@ def _show(body: Mapping[str, Any]) -> None:
             show(f"  tok/s at context {at}")
         for peer in run["peers"]:
             show(f"  {peer['name']}: {peer['features'] or 'features unknown'}")
+        for name, reason in run["absent_peers"].items():
+            show(f"  {name}: NOT_RUN, {reason}")
     tokens = body["tokens"]
     show(f"tokens: {tokens['compared']} compared with the reference, {tokens['wrong']} wrong")
-    for claim in body["claims"]:
-        show(f"claim {claim['metric']} = {claim['claimed']:g}: {claim['verdict']} {claim['reason']}".rstrip())
+    for row in body["claims"]:
+        for claimed in row["rows"]:
+            said = f"{claimed['verdict']} {claimed['reason']}".rstrip()
+            show(f"claimed {claimed['metric']} = {claimed['claimed']:g}, {row['threads']} threads: {said}")
+        for question, answer in row["why"]:
+            show(f"  {question} {answer}")
     for line in (*body["refuted"], *body["undecided"]):
         show(line)
     show(str(body["verdict"]))

@@ -226,6 +226,12 @@ def suite(
     parameter: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A notebook parameter; may be repeated.")
     ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Hold the rates against it, as apr bench; may be repeated.")
+    ] = None,
+    claim: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC=NUMBER", help="A rate to refute; may be repeated.")
+    ] = None,
     skip_contract: SkipContract = False,
 ) -> None:
     """Run the notebooks on a model. Conclude from the evidence that they leave."""
@@ -246,6 +252,8 @@ def suite(
         timeout_s=timeout_s,
         parameters=parameters,
         skip_contract=context.obj["skip_contract"],  # before the command or behind it
+        peers=peer or [],
+        claims=claim or [],
     )
     raise typer.Exit(code)
 

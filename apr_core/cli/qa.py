@@ -141,17 +141,13 @@ class Examination:
 
     def tok_s(self, device: str) -> float:
         """Measure tokens per second over whole generations, prefill included; each device once."""
-        from apr_core.bench.timing import measure_decode
+        from apr_core.bench.throughput import Plan, measure
 
         if device not in self.values:
             model, order = self.engine(device), self.order
-            run = measure_decode(
-                model,
-                self.prompt(model, SPEED_PROMPT),
-                max_new_tokens=order.max_tokens,
-                repeats=order.iterations,
-                warmup=order.warmup,
-            )
+            prompt = self.prompt(model, SPEED_PROMPT).ids
+            plan = Plan(prompt.size, order.max_tokens, order.iterations)
+            run = measure(model, prompt, plan, warm_ups=order.warmup)
             made = sum(len(tokens) for tokens in run.tokens)
             self.values[device] = made / run.wall_s if run.wall_s > 0 else float("nan")
         return self.values[device]
@@ -252,7 +248,7 @@ def _throughput(exam: Examination) -> Outcome:
 
 
 def _ollama(exam: Examination) -> Outcome:
-    from apr_core.bench.timing import measure_decode
+    from apr_core.bench.throughput import Plan, measure
     from apr_core.peers import rates
 
     exam.require_admitted()
@@ -266,7 +262,7 @@ def _ollama(exam: Examination) -> Outcome:
         raise SkippedGate(error.message) from error
     model, tokens = exam.engine(exam.device), max(exam.order.max_tokens, 128)
     repeats, prompt = min(exam.order.iterations, 3), exam.prompt(model, SPEED_PROMPT)
-    run = measure_decode(model, prompt, max_new_tokens=tokens, repeats=repeats)
+    run = measure(model, prompt.ids, Plan(prompt.ids.size, tokens, repeats))
     threads = os.cpu_count() or 1
     theirs = float(np.median([peer.round(threads, prompt.ids.tolist(), tokens).decode_tok_s for _ in range(repeats)]))
     limit = exam.order.limits.get("ollama_parity", OLLAMA_FLOOR)

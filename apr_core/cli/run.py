@@ -107,13 +107,13 @@ def precision_for(asked: str, device: str) -> str:
         UsageError, Unavailable: As `engine_for`.
     """
     from apr_core.cli.output import note
-    from apr_core.engines.load import ENGINES, engine_for
+    from apr_core.engines.load import engine_for, fastest_precision
     from apr_core.kernels.cpu import features
 
     if note not in features.listeners:
         features.listeners.append(note)  # the first compilation takes a while
     if asked == "auto":
-        return "speed" if ("speed", device) in ENGINES and features.has_numba() else "reference"
+        return fastest_precision(device)
     engine_for(asked, device)
     return asked
 

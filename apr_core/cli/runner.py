@@ -28,7 +28,7 @@ from apr_core.falsify.rounds import Conclusion, declare
 from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
 from apr_core.report.summary import NotebookStatus
 
-OWN = ("model", "reference", "device", "out_dir")  # set by options; -p may not contradict them
+OWN = ("model", "reference", "device", "out_dir", "peers", "claims")  # set by options; -p may not contradict them
 METADATA_CUT = 200
 # Timings share no core with anything else, so this notebook runs alone, after the others.
 ALONE = "30_throughput"
@@ -46,6 +46,8 @@ class Order:
     timeout_s: int
     parameters: Mapping[str, str]
     skip_contract: bool = False
+    peers: tuple[str, ...] = ()
+    claims: tuple[str, ...] = ()
 
 
 def run_suite(
@@ -58,6 +60,8 @@ def run_suite(
     timeout_s: int = 600,
     parameters: Mapping[str, str] | None = None,
     skip_contract: bool = False,
+    peers: Sequence[str] = (),
+    claims: Sequence[str] = (),
 ) -> int:
     """
     Run the selected notebooks on a model and write the run folder.
@@ -71,6 +75,8 @@ def run_suite(
         timeout_s: Per cell.
         parameters: Name -> text, typed by the notebook's own annotations.
         skip_contract: The explicit bypass; nothing can be corroborated.
+        peers: Runtimes that notebook 30 holds its rates against, as `apr bench --peer` names them.
+        claims: Numbers that it tries to refute, ``METRIC=NUMBER``.
 
     Returns:
         The exit code of house section 8.
@@ -79,6 +85,7 @@ def run_suite(
         UsageError: Unknown notebook, device or parameter, or a folder that is not empty: before anything is written.
     """
     order = _order(model, reference, device, only, out, timeout_s, parameters or {}, skip_contract)
+    order = replace(order, peers=_known_peers(peers), claims=_sound_claims(claims))
     typed = {name: typed_parameters(name, order.parameters) for name in order.notebooks}
     order.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -114,7 +121,8 @@ def _order(
         raise UsageError(f"expected a device of {', '.join(DEVICES)}, found {device!r}")
     if bad := sorted(set(parameters) & set(OWN)):
         raise UsageError(
-            f"parameter {bad[0]} is set by an option", advice="use --model, --reference, --device or --out"
+            f"parameter {bad[0]} is set by an option",
+            advice="use --model, --reference, --device, --out, --peer or --claim",
         )
     prefixes = [p.strip() for p in only.split(",") if p.strip()]
     for prefix in prefixes:
@@ -130,6 +138,22 @@ def _order(
         )
     made_from = resolve_model(reference).absolute() if reference else None
     return Order(path, made_from, device, chosen, folder, timeout_s, parameters, skip_contract)
+
+
+def _known_peers(names: Sequence[str]) -> tuple[str, ...]:
+    from apr_core.peers.rates import peer_kind
+
+    for name in names:
+        peer_kind(name)
+    return tuple(names)
+
+
+def _sound_claims(texts: Sequence[str]) -> tuple[str, ...]:
+    from apr_core.bench.claimed import parse_claim
+
+    for text in texts:
+        parse_claim(text)
+    return tuple(texts)
 
 
 def notebook_path(name: str) -> Path:
@@ -260,6 +284,8 @@ def _declare(
     asked = {"cuda"} if order.device == "cuda" else set()
     if order.reference is not None:
         asked.add("reference")
+    if order.peers:
+        asked.add("peer")
     try:
         declare(
             order.folder,
@@ -331,6 +357,8 @@ def _run(order: Order, name: str, typed: Mapping[str, Any]) -> NotebookStatus:
 
     source, out = notebook_path(name), order.folder / f"{name}.ipynb"
     parameters = {**_injected(order), **typed}
+    if name == ALONE:
+        parameters |= {"peers": ",".join(order.peers), "claims": ",".join(order.claims)}
     started, reason = time.monotonic(), ""
     try:
         papermill.execute_notebook(

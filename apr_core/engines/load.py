@@ -16,6 +16,7 @@ from apr_core.contract.admit import Admission, admit
 from apr_core.contract.types import ValidatedModel
 from apr_core.engines.plain import PlainQwen2
 from apr_core.errors import LoadError, Unavailable, UsageError
+from apr_core.kernels.cpu import features
 from apr_core.model.tokens import Tokenizer, load_tokenizer
 from apr_core.model.trace import TracedForward, lacking, require_traced
 
@@ -135,6 +136,11 @@ def engine_for(precision: str, device: str) -> Build:
         if not torch.cuda.is_available():
             raise Unavailable("no CUDA device here", advice="use device cpu")
     return ENGINES[precision, device]
+
+
+def fastest_precision(device: str) -> str:
+    """Return what ``auto`` means on a device: ``speed`` where such an engine and its compiler are here."""
+    return "speed" if ("speed", device) in ENGINES and features.has_numba() else "reference"
 
 
 class Engines(dict[tuple[str, str], Build]):

@@ -77,7 +77,12 @@ class Subject:
     One opened model file: admission, companions, and the forwards of it, each made on first use.
 
     Built by ``obtain``. Attributes that need torch load it when they are first read.
+
+    Attributes:
+        peers: Names of the runtimes that a person wants its rates held against.
     """
+
+    peers: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -100,6 +105,7 @@ class Subject:
                 "trained": lambda: self.trained,
                 "reference": lambda: self.reference is not None,
                 "cuda": self._has_cuda,
+                "peer": lambda: bool(self.peers),
             }
         )
 
@@ -134,6 +140,14 @@ class Subject:
         from apr_core.engines.load import build
 
         return build(self.admission, device="cpu", precision="reference")
+
+    @cached_property
+    def engine(self) -> TracedForward:
+        """What ``apr run`` takes on the CPU unless asked otherwise."""
+        from apr_core.engines.load import build, fastest_precision
+
+        precision = fastest_precision("cpu")
+        return self.model if precision == "reference" else build(self.admission, precision=precision)
 
     @cached_property
     def plain(self) -> PlainQwen2:
@@ -218,7 +232,7 @@ class Subject:
 
     def close(self) -> None:
         """Drop the forwards and unmap the file."""
-        for name in ("model", "plain", "tokenizer"):
+        for name in ("model", "engine", "plain", "tokenizer"):
             self.__dict__.pop(name, None)
         self.checkpoint.close()
 

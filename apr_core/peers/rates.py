@@ -229,6 +229,19 @@ class Ollama:
         return told
 
 
+def peer_kind(name: str) -> tuple[str, str]:
+    """
+    Split the name of a peer into its kind and the model that it serves, e.g. ``ollama:qwen2.5``.
+
+    Raises:
+        UsageError: There is no such peer.
+    """
+    kind, _, served = name.partition(":")
+    if kind not in PEERS or bool(served) is not (kind == "ollama"):
+        raise UsageError(f"expected a peer of {', '.join(PEERS[:3])} or ollama:NAME, found {name!r}")
+    return kind, served
+
+
 def open_peer(name: str, model: Path, elements: int) -> RatedPeer:
     """
     Open a peer by its name; ``ollama:NAME`` says which model.
@@ -237,16 +250,12 @@ def open_peer(name: str, model: Path, elements: int) -> RatedPeer:
         UsageError: There is no such peer.
         Unavailable: It is not here.
     """
-    kind, _, served = name.partition(":")
+    kind, served = peer_kind(name)
+    if kind == "ollama":
+        return Ollama(served, elements)
     if kind == "llama.cpp":
         return NativeLlama(model)
-    if kind == "xllamacpp":
-        return BindingsLlama(model)
-    if kind == "transformers":
-        return EagerTransformers(model)
-    if kind == "ollama" and served:
-        return Ollama(served, elements)
-    raise UsageError(f"expected a peer of {', '.join(PEERS[:3])} or ollama:NAME, found {name!r}")
+    return BindingsLlama(model) if kind == "xllamacpp" else EagerTransformers(model)
 
 
 def _system_info(folder: Path) -> str:

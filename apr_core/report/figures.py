@@ -360,9 +360,9 @@ FIGURES: dict[str, Plot] = {
     "F-PAR-008": plot_positions,
     "F-PAR-009": plot_margins,
     "F-PAR-010": plot_layer_trace,
-    "F-THR-006": plot_throughput,
+    "F-THR-002": plot_throughput,
+    "F-THR-006": plot_compiled,
     "F-THR-008": plot_throughput,
-    "F-THR-010": plot_compiled,
 }
 
 

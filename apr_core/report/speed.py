@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apr_core.report.material import Source, is_number, material
-from apr_core.report.style import COLOURS, INK, MARKERS, finish, log_ticks, style
+from apr_core.report.style import COLOURS, INK, MARKERS, PAPER, finish, log_ticks, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ _PHASE = "ms: "
 
 def plot_compiled(source: Source) -> Figure | None:
     """
-    Draw three panels from the rows of F-THR-010: roofline, time of a token by operation, rate against context.
+    Draw three panels from the rows of F-THR-006: roofline, time of a token by operation, rate against context.
 
     Returns:
         None where nothing was timed.
@@ -48,9 +48,9 @@ def plot_compiled(source: Source) -> Figure | None:
             figure,
             alt=f"Roofline: decoding reaches {share:.0%} of the measured bandwidth. Most of a token's time: {most}. "
             f"Rate at {len(at)} lengths of context.",
-            caption="Were the claim false, this would be the rate of wrong tokens; were the rate unreal, the point of "
-            "decode would lie above the slanted line: more bytes per second than the machine reads. A point far below "
-            "it is explained by the bars.",
+            caption="Were the claim false, the point of decode would lie above the slanted line: more bytes per "
+            "second than the machine reads. A point far below it is explained by the bars. Peers are the hollow "
+            "points: their rates over the same bytes, in turns with ours.",
             left=1.45,
         )
         finished.subplots_adjust(hspace=0.75)
@@ -68,6 +68,11 @@ def _roofline(ax: Axes, values: Mapping[str, float]) -> None:
     ax.plot(x, x * values["read_gb_s, best"], color=INK, ls="--", lw=1.2, label="read bandwidth, measured")
     for i, (name, (intensity, rate)) in enumerate(points.items()):
         ax.plot(intensity, rate, MARKERS[i], ms=7, ls="", color=COLOURS[i], label=name)
+        for j, (peer, speed) in enumerate(_peers(values, f"{name}_tok_s of ").items()):
+            ax.plot(
+                intensity, speed * operations / 1e9, MARKERS[i], ms=7, ls="", mfc=PAPER, mec=COLOURS[2 + j % 4],
+                label=f"{name}, {peer}",
+            )  # fmt: skip
     ax.set_xscale("log")
     ax.set_yscale("log")
     log_ticks(ax.xaxis)
@@ -75,6 +80,10 @@ def _roofline(ax: Axes, values: Mapping[str, float]) -> None:
     ax.set_xlabel("intensity (operations per byte of weights)")
     ax.set_ylabel("rate (10⁹ operations/s)")
     ax.legend(loc="best")
+
+
+def _peers(values: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def _split(ax: Axes, phases: Mapping[str, float]) -> None:

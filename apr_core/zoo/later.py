@@ -5,8 +5,6 @@ from __future__ import annotations
 from apr_core.zoo.registry import Later
 
 LATER = (
-    Later("ollama-size", "a comparison with another size of the model", "round 48", 7),
-    Later("claimed-throughput", "a rate that was claimed and not measured", "round 48", 7),
     Later("triton-kernel", "a fused kernel that is wrong for one type, shape or partial tile", "peers K2", 8),
     Later("flash-tile", "a head wider than the attention tile of a GPU kernel", "GH-5", 8),
     Later("other-revision", "a reference of another revision, reported as corruption", "peers N11", 9),

@@ -215,7 +215,7 @@ def _open(path: Path, stand: Stand, hook: Hook | None, *, skip: bool) -> Subject
     if subject.refusal is None and not skip:
         model = subject.model
         if hook is not None:
-            subject.model = wrap(model, hook)
+            subject.model = subject.engine = wrap(model, hook)
     return subject
 
 

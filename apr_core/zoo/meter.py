@@ -9,15 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from apr_core.bench import acts as bench
-from apr_core.bench import timing
-from apr_core.bench.roofline import Bandwidth, architecture_bytes
+from apr_core.bench import throughput, timing, versus
+from apr_core.bench.claimed import Claimed
+from apr_core.bench.roofline import architecture_bytes, ceiling_of
+from apr_core.bench.throughput import Plan, Stream
+from apr_core.engines.subject import Subject
+from apr_core.falsify.verdict import Verdict
+from apr_core.peers.rates import Rates
 
 Planted = Callable[[], AbstractContextManager[None]]
 
@@ -44,40 +50,45 @@ def _clock(read: Callable[[int, int], int]) -> Planted:
         def clock() -> int:
             return read(time.perf_counter_ns(), next(readings))
 
-        timed = ("measure_decode", "measure_prefill", "clock_tick_s")
-        return swapped(bench, **{name: partial(getattr(timing, name), clock=clock) for name in timed})
+        @contextmanager
+        def both() -> Iterator[None]:
+            measure = partial(throughput.measure, clock=clock)
+            tick = partial(timing.clock_tick_s, clock=clock)
+            with swapped(versus, measure=measure), swapped(bench, measure=measure, clock_tick_s=tick):
+                yield
+
+        return both()
 
     return plant
 
 
-def _stream(edit: Callable[[float, list[float], tuple[int, ...], float], object]) -> Planted:
-    """Report other (seconds to the first token, seconds of each step, tokens) than were timed."""
-    right = timing._decode_once
+def _stream(edit: Callable[[Stream, float], Stream]) -> Planted:
+    """Report another answer, or other times of it, than was timed; the edit is told of the delay."""
+    right = throughput._answer
 
-    def decode(model: Any, prepared: Any, tokens: int, delay_s: float, clock: timing.Clock) -> object:
-        return edit(*right(model, prepared, tokens, delay_s, clock), delay_s)
+    def answer(model: Any, prompt: Any, tokens: int, delay_s: float, clock: timing.Clock) -> Stream:
+        return edit(right(model, prompt, tokens, delay_s, clock), delay_s)
 
-    return lambda: swapped(timing, _decode_once=decode)
+    return lambda: swapped(throughput, _answer=answer)
 
 
-def _run(name: str, **other: Callable[[Any], Any]) -> Planted:
-    """Time with other arguments than were asked for."""
-    right = getattr(timing, name)
+def _fewer_repeats() -> AbstractContextManager[None]:
+    """Time one repeat less than was asked for, and say nothing."""
+    right = throughput.measure
 
-    def measure(model: Any, prepared: Any, **asked: Any) -> object:
-        return right(model, prepared, **{**asked, **{key: change(asked.get(key)) for key, change in other.items()}})
+    def measure(model: Any, prompt: Any, plan: Plan, **asked: Any) -> Any:
+        return replace(right(model, prompt, replace(plan, repeats=plan.repeats - 1), **asked), plan=plan)
 
-    return lambda: swapped(bench, **{name: measure})
+    return swapped(versus, measure=measure)
 
 
 def _half_prompt() -> AbstractContextManager[None]:
-    from apr_core.model.tokens import prepare_tokens
+    right = throughput._answer
 
-    def measure(model: Any, prepared: Any, **asked: Any) -> object:
-        half = prepare_tokens(model, ids=prepared.ids[: prepared.ids.size // 2].tolist())
-        return timing.measure_prefill(model, half, **asked)
+    def answer(model: Any, prompt: Any, *rest: Any) -> Stream:
+        return right(model, prompt[: prompt.size // 2], *rest)
 
-    return swapped(bench, measure_prefill=measure)
+    return swapped(throughput, _answer=answer)
 
 
 def _bytes(change: Callable[[int], int]) -> Planted:
@@ -85,35 +96,35 @@ def _bytes(change: Callable[[int], int]) -> Planted:
     return lambda: swapped(bench, architecture_bytes=lambda types, geometry: change(right(types, geometry)))
 
 
-def _doubled(seen: Callable[[Any], object]) -> Callable[[Any], object]:
-    return lambda logits: seen(2 * logits)
+def _sluggish() -> AbstractContextManager[None]:
+    """Measure a ceiling thousands of times too low."""
+    right = ceiling_of
 
+    def slow(nbytes: int, threads: int) -> Any:
+        ceiling = right(nbytes, threads)
+        ceiling.sample()
+        return SimpleNamespace(sample=lambda: None, samples=[rate * 1e-5 for rate in ceiling.samples])
 
-class _Sluggish(Bandwidth):
-    """A ceiling measured a thousand times too low."""
-
-    def sample(self) -> None:
-        super().sample()
-        self.samples[:] = [min(rate, 1e-3) for rate in self.samples]
+    return swapped(versus, ceiling_of=slow)
 
 
 def _replay() -> AbstractContextManager[None]:
     """Report the samples of the first stream for every later one."""
-    first: list[object] = []
+    first: list[Stream] = []
 
-    def again(*run: Any) -> object:
-        first.append(run[1])
-        return run[0], first[0][: len(run[1])], run[2]  # type: ignore[index]
+    def again(stream: Stream, delay_s: float) -> Stream:
+        first.append(stream)
+        return stream._replace(steps_s=first[0].steps_s[: len(stream.steps_s)])
 
     return _stream(again)()
 
 
 def _steps(change: Callable[[list[float]], list[float]]) -> Planted:
-    return _stream(lambda first, steps, tokens, delay_s: (first, change(steps), tokens))
+    return _stream(lambda stream, delay_s: stream._replace(steps_s=change(stream.steps_s)))
 
 
 def _tokens(change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Planted:
-    return _stream(lambda first, steps, tokens, delay_s: (first, steps, change(tokens)))
+    return _stream(lambda stream, delay_s: stream._replace(tokens=change(stream.tokens)))
 
 
 def _engine(**planted: object) -> Planted:
@@ -175,15 +186,33 @@ def _fewer_layers() -> AbstractContextManager[None]:
     return swapped(CpuQwen2, _run_layers=short)
 
 
-def _nothing_generated() -> AbstractContextManager[None]:
-    from apr_core.bench import throughput
+def _nothing_generated(stream: Stream, delay_s: float) -> Stream:
+    return stream._replace(tokens=(), prefill_s=1e-9, steps_s=[1e-9] * len(stream.steps_s))
 
-    def silent(model: Any, prompt: Any, tokens: int, kept: Any, clock: timing.Clock) -> None:
-        kept.prefill.append(1e-9)
-        kept.steps.extend([1e-9] * (tokens - 1))
-        kept.tokens.append(())
 
-    return swapped(throughput, _repeat=silent)
+def _faster_peer() -> AbstractContextManager[None]:
+    """Measure against a fair peer that reads and writes a billion tokens a second."""
+    rates = Rates(1e9, 1e9, "random")
+    peer = SimpleNamespace(name="other", build="", features="", fair=True, round=lambda *asked: rates)
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        with swapped(bench, open_peers=lambda names, model, elements: ([peer], {})), swapped(Subject, peers=("other",)):
+            yield
+
+    return both()
+
+
+def _claiming(number: float) -> Planted:
+    return lambda: swapped(bench, claimed_of=lambda subject: (("decode_tok_s", number),))
+
+
+def _believes(metric: str, claimed: float, measured: float, *rest: Any, **more: Any) -> Claimed:
+    return Claimed(metric, claimed, measured, Verdict.CORROBORATED, "")
+
+
+def _judging(judge: Callable[..., Claimed]) -> Planted:
+    return lambda: swapped(bench, judge_claim=judge)
 
 
 class MeterFault(NamedTuple):
@@ -211,20 +240,26 @@ METER_FAULTS = (
     MeterFault("meter-token-zero", "token 0 is produced", "F-THR-003", _tokens(lambda made: (0,) * len(made))),
     MeterFault("meter-tokens-lost", "the last token is lost", "F-THR-003", _tokens(lambda made: made[:-1])),
     MeterFault("meter-half-prompt", "half of the prompt is timed", "F-THR-004", _half_prompt),
-    MeterFault("meter-other-logits", "other logits are handed on", "F-THR-004", _run("measure_prefill", seen=_doubled)),
+    MeterFault(
+        "meter-other-logits",
+        "other logits are handed on",
+        "F-THR-004",
+        _stream(lambda stream, delay_s: stream._replace(logits=2 * stream.logits)),
+    ),
     MeterFault("meter-samples-lost", "the last step is lost", "F-THR-005", _steps(lambda steps: steps[:-1])),
     MeterFault("meter-no-time", "every step takes no time", "F-THR-005", _steps(lambda steps: [0.0 for _ in steps])),
+    MeterFault("meter-repeats-lost", "one repeat less", "F-THR-005", _fewer_repeats),
     MeterFault(
-        "meter-repeats-lost", "one decode less", "F-THR-005", _run("measure_decode", repeats=lambda n: max(1, n - 1))
-    ),
-    MeterFault(
-        "meter-prefills-lost", "one prefill is timed", "F-THR-005", _run("measure_prefill", repeats=lambda n: 1)
+        "meter-prefills-lost",
+        "prompts take no time",
+        "F-THR-005",
+        _stream(lambda stream, delay_s: stream._replace(prefill_s=0.0)),
     ),
     MeterFault(
         "meter-asynchronous", "steps end before the work", "F-THR-006", _steps(lambda steps: [s / 1000 for s in steps])
     ),
     MeterFault("meter-fast", "steps take a microsecond", "F-THR-006", _steps(lambda steps: [1e-6 for _ in steps])),
-    MeterFault("meter-ceiling-low", "a ceiling of 1 MB/s", "F-THR-006", lambda: swapped(bench, Bandwidth=_Sluggish)),
+    MeterFault("meter-ceiling-low", "a ceiling of 1 MB/s", "F-THR-006", _sluggish),
     MeterFault(
         "meter-overlap", "steps begin with the stream", "F-THR-007", _steps(lambda steps: np.cumsum(steps).tolist())
     ),
@@ -235,12 +270,21 @@ METER_FAULTS = (
     MeterFault(
         "meter-constant", "a millisecond for every step", "F-THR-008", _steps(lambda steps: [1e-3 for _ in steps])
     ),
-    MeterFault("vnni-last-block", "a kernel skips the last block of each row", "F-THR-010", _panels(_skips_last_block)),
-    MeterFault("vnni-saturates", "a kernel saturates", "F-THR-010", _panels(_saturates)),
-    MeterFault("engine-silent", "nothing is generated", "F-THR-010", _nothing_generated),
-    MeterFault("engine-elsewhere", "another device ran", "F-THR-010", _engine(device="cuda:0")),
+    MeterFault("vnni-last-block", "a kernel skips the last block of each row", "F-THR-003", _panels(_skips_last_block)),
+    MeterFault("vnni-saturates", "a kernel saturates", "F-THR-003", _panels(_saturates)),
+    MeterFault("engine-silent", "nothing is generated", "F-THR-003", _stream(_nothing_generated)),
+    MeterFault("engine-elsewhere", "another device ran", "F-THR-003", _engine(device="cuda:0")),
     MeterFault(
-        "engine-constant", "one token, always", "F-THR-010", _engine(forward=_constant, forward_last=_constant_last)
+        "engine-constant", "one token, always", "F-THR-003", _engine(forward=_constant, forward_last=_constant_last)
     ),
-    MeterFault("engine-fewer-layers", "the last layer is left out", "F-THR-010", _fewer_layers),
+    MeterFault("engine-fewer-layers", "the last layer is left out", "F-THR-003", _fewer_layers),
+    MeterFault("peer-faster", "a fair peer is faster", "F-THR-011", _faster_peer),
+    MeterFault("claimed-throughput", "a rate that was claimed and not measured", "F-THR-012", _claiming(1e9)),
+    MeterFault("claimed-believed", "all claims are believed", "F-THR-012", _judging(_believes)),
+    MeterFault(
+        "claimed-denied",
+        "every claim is refuted",
+        "F-THR-012",
+        _judging(lambda *a, **k: replace(_believes(*a), verdict=Verdict.FALSIFIED)),
+    ),
 )

@@ -271,6 +271,23 @@ def _try(claim: str, subject: Subject, folder: Path, notebook: str, asked: Seque
         subject.close()
 
 
+def _other_size(folder: Path) -> int:
+    """Hold the bundled model against a model of another size that Ollama serves."""
+    from apr_core.peers.rates import Ollama
+
+    _acts("bench")
+    from apr_core.bench.acts import ask
+
+    told = {"version": "0", "model_info": {"general.parameter_count": 7_615_616_512}}
+    subject = obtain("pygmy", device="cpu")
+    ask(subject, peers="ollama:pygmy")
+    with patch.object(Ollama, "_ask", lambda *asked: told):
+        try:
+            return _try("F-THR-011", subject, folder, "30_throughput", asked=["peer"])
+        except AprError as error:
+            return int(error.exit_code)
+
+
 def _same_reference(make: Callable[[Path, Path], object]) -> Run:
     """Hold a model against a reference that is the model itself."""
 
@@ -477,6 +494,7 @@ _ROWS: tuple[tuple[str, str, str, Callable[[Path], int]], ...] = (
     ("finding-none", "a measurement that returned nothing", "H4, V9", _in_notebook(_record_none)),
     ("threshold-percent", "every limit read as percent", "H5, V11", _rescaled(100)),
     ("threshold-edited", "one limit edited without a version", "H20", _rescaled(2, "F-GT-002")),
+    ("ollama-size", "a peer that serves another size of the model", "round 48", _other_size),
     ("reference-same-path", "the reference is the candidate", "H6", _same_reference(lambda m, o: None)),
     ("reference-hard-link", "the reference is a hard link", "H6", _same_reference(_linked)),
     ("reference-copy", "the reference is a copy of the same bytes", "H6", _same_reference(shutil.copytree)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,19 @@ import pytest
 
 from apr_core.bench import throughput
 from apr_core.bench.claimed import judge_claim, parse_claim
-from apr_core.bench.profile import profile_model
+from apr_core.bench.profile import profile_model, shortfall
 from apr_core.bench.roofline import StreamBandwidth
 from apr_core.bench.throughput import Plan, couple, measure, private_bytes, use_threads, warm_up
-from apr_core.bench.versus import Comparison, cost_of_rounding, interleave, rounds_activations
+from apr_core.bench.versus import Comparison, cost_of_rounding, interleave, open_peers, rounds_activations
 from apr_core.contract.admit import Admission, admit
 from apr_core.engines.load import build
 from apr_core.errors import UsageError
 from apr_core.falsify.verdict import Verdict
 from apr_core.model.trace import TracedForward
 from apr_core.peers.rates import Rates
+from tests.bench.conftest import Clock, Counting
 
+PROMPT = np.array([3, 4, 5])
 PLAN = Plan(prefill=16, decode=5, repeats=3, contexts=(20,), steps=2)
 
 
@@ -60,10 +63,52 @@ def test_every_sample_is_kept_and_every_token(fast: TracedForward, prompt: np.nd
     assert float(timed.steps.seconds.sum()) <= timed.wall_s
 
 
+def test_every_sample_has_the_length_that_it_took(counting: Counting) -> None:
+    """On a clock that is told what to show: prompts of 7 ms, tokens of 2 ms; the wall is that of the answers alone."""
+
+    def between() -> None:
+        counting.clock.now += 500_000_000
+
+    counting.cost = lambda tokens: 7_000_000 if tokens == 3 else 2_000_000
+    run = measure(counting, PROMPT, Plan(3, 5, 2), warm_ups=1, clock=counting.clock, between=between)
+    assert run.tokens == ((6, 7, 8, 9, 10),) * 2
+    assert run.prefill.seconds == pytest.approx([0.007] * 2)
+    assert run.ttft.seconds == pytest.approx([0.007] * 2)
+    assert run.steps.seconds == pytest.approx([0.002] * 8)
+    assert run.warm_ups == pytest.approx((0.007,))
+    assert run.wall_s == pytest.approx(0.03)
+    assert (run.decode_tok_s, run.prefill_tok_s) == (pytest.approx(500), pytest.approx(3 / 0.007))
+    assert counting.calls == [3, *[3, 1, 1, 1, 1] * 2]
+    assert [row.argmax() for row in run.logits] == [6, 6]
+
+
+def test_a_delay_is_inside_the_sample() -> None:
+    """A sleep in each step shows in each sample, on a real clock."""
+    run = measure(Counting(), PROMPT, Plan(3, 3, 1), warm_ups=0, delay_s=0.002)
+    assert run.steps.minimum >= 0.002
+    assert run.ttft.minimum < 0.002
+
+
+def test_a_clock_that_runs_backwards_is_kept_visible(counting: Counting) -> None:
+    """A negative sample stays what it is: the meter repairs nothing."""
+    costs = iter([5_000_000, 1_000_000, -3_000_000, 1_000_000])
+    counting.cost = lambda tokens: next(costs)
+    run = measure(counting, PROMPT, Plan(3, 4, 1), warm_ups=0, clock=counting.clock)
+    assert run.steps.seconds == pytest.approx([0.001, -0.003, 0.001])
+
+
+def test_a_stopped_clock_gives_no_rate() -> None:
+    """Zero seconds are no rate of infinity."""
+    run = measure(Counting(), PROMPT, Plan(3, 4, 1), warm_ups=0, clock=Clock())
+    assert math.isnan(run.decode_tok_s)
+    assert math.isnan(run.prefill_tok_s)
+
+
 def test_warm_up_ends_when_two_runs_agree() -> None:
     """Compilation and cold pages make the first runs slow; a machine that never settles is given up on."""
     readings = iter([0, 100, 100, 120, 120, 131, 131, 142, 142, 999])
     assert warm_up(lambda: None, lambda: next(readings)) == pytest.approx((1e-7, 2e-8, 1.1e-8, 1.1e-8))
+    assert len(warm_up(lambda: None, lambda: 0, 4)) == 4
     wild = iter(2**n for n in range(40))
     assert len(warm_up(lambda: None, lambda: next(wild))) == 6
 
@@ -154,13 +199,23 @@ def test_peers_take_turns_with_the_candidate(fast: TracedForward, prompt: np.nda
     assert len(run.bandwidth) == 12
 
 
-def test_a_rate_above_the_ceiling_refutes_the_meter(fast: TracedForward, prompt: np.ndarray) -> None:
-    """By more than the spread of the ceiling; within it, it does not."""
-    timed = measure(fast, prompt, PLAN, threads=1)
+def test_shares_of_the_ceiling(fast: TracedForward, prompt: np.ndarray) -> None:
+    """The best sample is the ceiling, and the distance of the quartiles its spread."""
+    timed = measure(fast, prompt, Plan(16, 3, 1), threads=1)
     at = timed.decode_tok_s * 1000 / 1e9
-    assert Comparison(timed, 1, 1000, np.array([at, at, at]), []).meter == ""
-    assert Comparison(timed, 1, 1000, np.array([0.5 * at, 0.95 * at, 0.9 * at]), []).meter == ""
-    assert "1.25 of the ceiling" in Comparison(timed, 1, 1000, np.array([0.8, 0.8, 0.8]) * at, []).meter
+    run = Comparison(timed, 1, 1000, np.array([0.5, 0.8, 1.0, 0.9, 0.7]) * at, [])
+    assert (run.share_of_ceiling, run.ceiling_tok_s) == (pytest.approx(1.0), pytest.approx(timed.decode_tok_s))
+    assert run.spread == pytest.approx(0.2)
+    assert run.ratios() == {}
+
+
+def test_a_peer_that_is_not_here_is_named(pygmy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a row with its reason, not the end of the run; a name that no peer has is a mistake."""
+    monkeypatch.setenv("APR_LLAMA_BENCH", "/nowhere/llama-bench")
+    opened, absent = open_peers(["llama.cpp"], pygmy, 1)
+    assert (opened, absent) == ([], {"llama.cpp": "peer absent: no native llama-bench"})
+    with pytest.raises(UsageError, match="expected a peer"):
+        open_peers(["vllm"], pygmy, 1)
 
 
 def test_claims_are_read_and_judged() -> None:
@@ -191,8 +246,28 @@ def test_a_profile_splits_the_time(fast: TracedForward, admission: Admission) ->
     assert [row["phase"] for row in body["phases"]][-2:] == ["head", "waiting"]
     assert body["types"] == [{"type": "BF16", "matrices": 15, "bytes_per_token": fast.bytes_per_token}]  # type: ignore[attr-defined]
     assert 0 < body["gb_s"] < 2 * body["ceiling_gb_s"]
+    assert body["token_ms"] > 0
     plain = profile_model(build(admission), admission, Plan(8, 2, 1), threads=1)
     assert (plain["phases"], plain["types"], plain["fallbacks"]) == ([], [], [])
+    assert [question for question, _ in shortfall(plain)][-1] == "Which types are read?"
+
+
+def test_a_shortfall_is_explained_from_the_profile() -> None:
+    """Bandwidth, the largest operation, waiting threads, what lies outside of the kernels, and widened types."""
+    phases = {"gate, up": 4.0, "head": 3.0, "waiting": 2.0}
+    profile = {
+        "token_ms": 10.0, "read_bytes": 50_000_000, "ceiling_gb_s": 20.0, "threads": 2, "fallbacks": ["a"],
+        "phases": [{"phase": name, "decode_ms_per_token": ms} for name, ms in phases.items()],
+        "types": [{"type": "Q4_K", "matrices": 3, "bytes_per_token": 50_000_000}],
+    }  # fmt: skip
+    answers = [answer for _, answer in shortfall(profile)]
+    assert answers == [
+        "2.5 of 10 ms, 50 MB at 20 GB/s",
+        "gate, up: 4 of 10 ms",
+        "2 of 10 ms, with 2 threads",
+        "1 of 10 ms",
+        "Q4_K 50 MB; 1 matrices widened to F32",
+    ]
 
 
 def test_a_small_buffer_is_read_faster_than_it_is_long() -> None:

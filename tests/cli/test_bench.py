@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from apr_core.bench.claimed import WRONG_TOKENS
 from apr_core.cli.app import main
+from apr_core.cli.bench import CLAIMS
 from apr_core.engines import load
+from apr_core.falsify.evidence import read_folder
 from apr_core.model.qwen2 import Qwen2
 from apr_core.model.trace import TracedForward
 
@@ -25,14 +28,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, di
 
 def test_bench_measures_and_compares_its_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """No threshold unless one is asked for; everything is kept where asked."""
-    out = tmp_path / "kept" / "bench.json"
+    out = tmp_path / "kept" / "run"
     code, body = run(capsys, "bench", "pygmy", *SHORT, "--context", "16", "--out", out)
     assert (code, body["verdict"]) == (0, "CORROBORATED")
-    assert body["tokens"] == {"compared": 4, "wrong": 0, "moved_nat": 0.0}
+    assert body["tokens"] == {"compared": 4, "wrong": 0}
     (timed,) = body["runs"]
     assert timed["candidate"]["backend"].startswith("cpu speed")
     assert list(timed["candidate"]["tok_s_at_context"]) == ["16"]
-    assert json.loads(out.read_text()) == body
+    assert json.loads((out / "bench.json").read_text()) == body
+    kept = {e.id: e.verdict for e in read_folder(out / "evidence")}
+    assert sorted(kept) == sorted(CLAIMS)
+    assert {str(verdict) for claim, verdict in kept.items() if claim != "F-THR-011"} == {"CORROBORATED"}
+    assert str(kept["F-THR-011"]) == "NOT_RUN"
     assert main(["bench", "pygmy", *SHORT, "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -44,6 +51,7 @@ def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "of ceiling" in said
     assert "1e+12 tok/s needs" in said
     assert "this machine reads" in said
+    assert "Which operation takes most?" in said
 
 
 @pytest.mark.parametrize(
@@ -62,7 +70,7 @@ def test_assertions_are_literal(option: str, value: str, code: int, capsys: pyte
 
 
 def test_a_constant_token_voids_the_rate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inconclusive, not fast: exit 11 even where the assertion of speed holds."""
+    """The tokens are refuted and the rate is undecided, not fast: an assertion of speed does not hold."""
 
     class Constant(Qwen2):
         backend = "constant"
@@ -79,10 +87,22 @@ def test_a_constant_token_voids_the_rate(capsys: pytest.CaptureFixture[str], mon
 
     monkeypatch.setitem(load.ENGINES, ("exact", "cpu"), make)
     arguments = ("bench", "pygmy", *SHORT, "--precision", "exact", "--assert-throughput", "0.001")
-    code, body = run(capsys, *arguments)
-    assert (code, body["verdict"]) == (11, "INCONCLUSIVE")
+    code, body = run(capsys, *arguments, "--claim", "decode_tok_s=0.001")
+    assert (code, body["verdict"]) == (5, "FALSIFIED")
     assert body["tokens"]["wrong"] >= 3
-    assert "timed tokens are wrong" in body["undecided"][0]
+    assert "F-THR-003" in {line.partition(",")[0] for line in body["refuted"]}
+    assert [line.partition(":")[2] for line in body["undecided"]] == [f" {WRONG_TOKENS}"] * 2
+
+
+def test_an_absent_peer_is_a_row_and_leaves_the_question_open(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rates are printed all the same; what was asked and could not be answered is exit 11."""
+    monkeypatch.setenv("APR_LLAMA_BENCH", "/nowhere/llama-bench")
+    assert main(["bench", "pygmy", *SHORT, "--peer", "llama.cpp"]) == 11
+    said = capsys.readouterr().out
+    assert "llama.cpp: NOT_RUN, peer absent: no native llama-bench" in said
+    assert "cpu speed" in said
 
 
 @pytest.mark.parametrize(

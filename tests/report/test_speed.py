@@ -8,7 +8,7 @@ import pytest
 from apr_core.falsify.finding import Finding
 from apr_core.report.figures import plot
 from apr_core.report.speed import plot_compiled
-from apr_core.report.style import alt_text, caption_of
+from apr_core.report.style import PAPER, alt_text, caption_of
 
 VALUES = {
     "backend": "cpu speed",
@@ -24,10 +24,10 @@ VALUES = {
 
 
 def finding(**other: object) -> Finding:
-    """Of F-THR-010."""
+    """Of F-THR-006."""
     rows = [{"quantity": name, "value": value} for name, value in {**VALUES, **other}.items()]
     arrays = {"context_tokens": np.array([128, 1024, 4000]), "context_s": np.array([0.05, 0.1, 0.0])}
-    return Finding(0.0, 1, 1, rows=rows, arrays=arrays, claim="F-THR-010")
+    return Finding(0.0, 1, 1, rows=rows, arrays=arrays, claim="F-THR-006")
 
 
 def test_roofline_split_and_context() -> None:
@@ -45,7 +45,19 @@ def test_roofline_split_and_context() -> None:
     assert caption_of(figure).startswith("Were the claim false")
 
 
+def test_peers_stand_beside_the_candidate() -> None:
+    """Each peer is a hollow point of its own rate, under its own name, in decode and in prefill."""
+    rates = {"decode_tok_s of llama.cpp": 15.0, "prefill_tok_s of llama.cpp": 150.0}
+    figure = plot(finding(**rates))
+    assert figure is not None
+    peers = {str(line.get_label()): line for line in figure.axes[0].lines if "llama.cpp" in str(line.get_label())}
+    assert sorted(peers) == ["decode, llama.cpp", "prefill, llama.cpp"]
+    assert peers["decode, llama.cpp"].get_ydata()[0] == pytest.approx(15.0)
+    assert peers["prefill, llama.cpp"].get_ydata()[0] == pytest.approx(150.0)
+    assert {line.get_markerfacecolor() for line in peers.values()} == {PAPER}
+
+
 def test_nothing_timed_is_no_figure() -> None:
     """A refused subject has no rates; a rate of zero is none."""
-    assert plot_compiled(Finding(None, 0, 0, claim="F-THR-010")) is None
+    assert plot_compiled(Finding(None, 0, 0, claim="F-THR-006")) is None
     assert plot_compiled(finding(decode_tok_s=0.0)) is None

@@ -9,7 +9,7 @@ import pytest
 
 import apr_core.bench.acts
 import apr_core.parity.acts
-from apr_core.bench import timing
+from apr_core.bench import throughput, versus
 from apr_core.engines.subject import obtain
 from apr_core.engines.wrap import At, wrap
 from apr_core.falsify.claims import claims_of
@@ -127,10 +127,12 @@ def judge(pygmy, healthy):
     """The claims that refute a hook in the bundled model, and those that decide nothing."""
     opened = []
 
-    def ask(hook, claims):
+    def ask(hook, claims, *, compiled=False):
         subject = obtain(str(pygmy), device="cpu", max_new_tokens=32)
         opened.append(subject)
         subject.model, subject.plain = wrap(healthy[0], hook), healthy[1]
+        if not compiled:
+            subject.engine = subject.model
         return [c for c in claims if ACTS[c](subject).judge()[0] == Verdict.FALSIFIED]
 
     yield ask
@@ -172,9 +174,9 @@ def test_a_fault_of_the_timed_run_alone_is_seen_there(name, judge):
 @pytest.mark.parametrize("fault", METER_FAULTS[::3], ids=lambda f: f.id)
 def test_a_broken_meter_is_seen_and_mended(fault, judge):
     """Every third here, all of them in the suite's own faults; afterwards the meter is what it was."""
-    before = {m: dict(vars(m)) for m in (apr_core.bench.acts, timing)}
+    before = {m: dict(vars(m)) for m in (apr_core.bench.acts, throughput, versus)}
     with fault.plant():
-        refuted = judge(lambda name, values, at: None, [fault.claim])
+        refuted = judge(lambda name, values, at: None, [fault.claim], compiled=True)
 
     assert refuted == [fault.claim]
     assert all(vars(module) == names for module, names in before.items())
@@ -182,13 +184,13 @@ def test_a_broken_meter_is_seen_and_mended(fault, judge):
 
 def test_the_meter_is_mended_after_an_error():
     """A fault that outlives its test would refute every later claim."""
-    right = timing._decode_once
+    right = throughput._answer
     planted = next(f for f in METER_FAULTS if f.id == "meter-token-zero").plant()
     planted.__enter__()
-    assert timing._decode_once is not right
+    assert throughput._answer is not right
     planted.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
 
-    assert timing._decode_once is right
+    assert throughput._answer is right
 
 
 def test_every_claim_of_the_timing_notebook_has_a_broken_meter():

@@ -22,7 +22,7 @@ CODES = {
         *("finding-none", "act-of-no-claim", "act-missing", "act-twice", "claim-forgotten", "claim-confused"),
         *("early-exit", "closing-silent", "kernel-killed", "cell-deleted", "cuda-error", "claim-twice"),
     },
-    Exit.USAGE: {"folder-used"},
+    Exit.USAGE: {"folder-used", "ollama-size"},
     Exit.NOT_FOUND: {"model-missing"},
     Exit.FORMAT: {
         *("threshold-percent", "threshold-edited", "file-changed", "evidence-stale", "evidence-torn", "field-missing"),
@@ -75,7 +75,7 @@ def test_the_control_of_the_meters_is_corroborated():
     suite._acts("bench")
     subject = obtain("pygmy", device="cpu")
 
-    assert {ACTS[f"F-THR-0{n:02d}"](subject).judge()[0].value for n in (*range(1, 9), 10)} == {"CORROBORATED"}
+    assert {ACTS[f"F-THR-0{n:02d}"](subject).judge()[0].value for n in (*range(1, 9), 12)} == {"CORROBORATED"}
     subject.close()
 
 
