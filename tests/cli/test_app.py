@@ -211,7 +211,8 @@ def test_suite_hands_everything_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(runner, "run_suite", run_suite)
     options = "--model m --reference r --device cpu --only 00,20 --out o --timeout-s 5 -p seed -3 -p text a=b"
-    assert main(["suite", *options.split()]) == 11
+    asked = "--peer llama.cpp --peer transformers --claim ttft_s=1"
+    assert main(["suite", *options.split(), *asked.split()]) == 11
     assert seen == {
         "model": "m",
         "reference": "r",
@@ -221,6 +222,8 @@ def test_suite_hands_everything_over(monkeypatch: pytest.MonkeyPatch) -> None:
         "timeout_s": 5,
         "parameters": {"seed": "-3", "text": "a=b"},
         "skip_contract": False,
+        "peers": ["llama.cpp", "transformers"],
+        "claims": ["ttft_s=1"],
     }
     assert main(["suite"]) == 11
     assert (seen["model"], seen["parameters"]) == ("pygmy", {})
