@@ -87,6 +87,7 @@ COMMANDS: Mapping[str, CommandClass] = {
     "zoo matrix": _DIAGNOSTIC,
     "zoo plant": _DIAGNOSTIC,
     "zoo run": _DIAGNOSTIC,
+    "zoo diagnose": _DIAGNOSTIC,
     "zoo list": _NONE,
     "report page": _NONE,
     "report compare": _NONE,

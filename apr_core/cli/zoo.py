@@ -140,6 +140,33 @@ def whole(
     raise typer.Exit(found.exit_code)
 
 
+@app.command("diagnose")
+def confusion(
+    model: Model,
+    quick: Annotated[bool, typer.Option("--quick", help="One item of sixteen.")] = False,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where to write.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Diagnose everything that can be planted; exit 5 when a target is missed."""
+    import json
+
+    from apr_core.cli.output import note, plain, show, show_json, show_table
+    from apr_core.engines.subject import ROOT
+    from apr_core.zoo.confusion import measure, summarise
+
+    folder = Path(out).expanduser() if out else ROOT / "reports" / "zoo"
+    folder.mkdir(parents=True, exist_ok=True)
+    body = plain(summarise(measure(model, quick=quick, progress=note)))
+    (folder / "diagnosis.json").write_text(json.dumps(body, indent=1, allow_nan=False), encoding="utf-8")
+    if as_json:
+        show_json(body)
+    else:
+        show_table(("rate", "measured", "target"), [(n, body["rates"][n], t) for n, t in body["targets"].items()])
+        show_table(("item", "planted", "named"), [(m["id"], m["wanted"][0], m["found"][0]) for m in body["missed"]])
+        show(f"seconds: {body['seconds']}")
+    raise typer.Exit(Exit.OK if all(body["met"].values()) else Exit.REFUTED)
+
+
 def _publish(body: dict[str, Any]) -> Path:
     """
     Write the rates into the package, where the index page of every run finds them.

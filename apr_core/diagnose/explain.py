@@ -14,15 +14,20 @@ from apr_core.diagnose.alone import explain_alone, explain_config, explain_openi
 from apr_core.diagnose.cause import EXPLAINED, NOTHING, UNEXPLAINED, Cause, Chain, Diagnosis
 from apr_core.diagnose.tensors import explain_tensors
 from apr_core.diagnose.words import explain_records, explain_words
-from apr_core.engines.subject import resolve_model
+from apr_core.engines.subject import obtain, resolve_model
 from apr_core.errors import AprError, FormatError, LoadError, NotFound, ReadWriteError, UsageError
 from apr_core.falsify.evidence import Evidence, read_evidence
 from apr_core.falsify.verdict import Verdict
 from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
+from apr_core.model.trace import TracedForward
 
 
 def explain_failure(
-    model: str | Path, *, reference: str | Path | None = None, evidence: str | Path | None = None
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    evidence: str | Path | Evidence | None = None,
+    backend: TracedForward | None = None,
 ) -> Diagnosis:
     """
     Find out why a model fails.
@@ -30,7 +35,9 @@ def explain_failure(
     Args:
         model: A file or folder; it need not open.
         reference: What it claims to be made from; without one the file is examined alone.
-        evidence: A FALSIFIED record of the failure; its claim is the symptom that the chain begins with.
+        evidence: A FALSIFIED record of the failure, or its file; its claim is the symptom that the chain begins with.
+        backend: The forward that failed on it, held against the independent one where the file itself is healthy;
+            without one a record of notebook 20 has the float32 forward examined.
 
     Raises:
         NotFound: There is no such file.
@@ -39,7 +46,7 @@ def explain_failure(
     """
     path = resolve_model(str(model))
     chain = Chain()
-    symptom = read_evidence(Path(evidence)) if evidence else None
+    symptom = evidence if evidence is None or isinstance(evidence, Evidence) else read_evidence(Path(evidence))
     if symptom is not None:
         _require_falsified(symptom)
         chain.ask(f"What was refuted? ({symptom.id})", f"{symptom.claim['statement']} {symptom.reason}")
@@ -55,7 +62,9 @@ def explain_failure(
         if symptom is not None:
             _require_same_file(symptom, checkpoint)
         chain.ask("Does the file open?", f"yes: {checkpoint.format}, {len(checkpoint.tensors)} tensors")
-        return _with_reference(checkpoint, reference, chain) if reference else _alone(checkpoint, chain)
+        found = _with_reference(checkpoint, reference, chain) if reference else _alone(checkpoint, chain)
+        forward = backend is not None or (symptom is not None and symptom.id.startswith("F-PAR"))
+        return _backend(path, backend, chain) if forward and found.outcome == NOTHING else found
 
 
 def _require_falsified(symptom: Evidence) -> None:
@@ -84,6 +93,19 @@ def _admitted(checkpoint: Checkpoint) -> Admission | AprError:
 
 def _alone(checkpoint: Checkpoint, chain: Chain) -> Diagnosis:
     causes = explain_alone(checkpoint, _admitted(checkpoint), chain)
+    return _explained(causes, "", chain)
+
+
+def _backend(path: Path, backend: TracedForward | None, chain: Chain) -> Diagnosis:
+    """Hold the forward against the independent one: the file has nothing to explain."""
+    from apr_core.diagnose.backend import POSITIONS, explain_backend
+
+    subject = obtain(str(path), device="cpu")
+    try:
+        chain.ask("Is it the file?", "no: nothing in it needs an explanation")
+        causes = explain_backend(backend or subject.model, subject.plain, subject.stimulus(POSITIONS).ids, chain)
+    finally:
+        subject.close()
     return _explained(causes, "", chain)
 
 

@@ -37,7 +37,8 @@ class _Tap(Trace):
         """Pass ``values`` through the hook."""
         planted = self._hook(name, np.array(values, dtype=np.float32), self._at)
         if self._asked is not None:
-            self._asked.record(name, values if planted is None else planted)
+            again = self._asked.record(name, values if planted is None else planted)
+            planted = planted if again is None else again  # a hook around this one has the last word
         return None if planted is None else np.asarray(planted, dtype=np.float32)
 
 
