@@ -61,7 +61,7 @@ class Fault:
         """Whether cached steps are right where a prompt at once is not; only the first layer's are its own."""
         layer = self.op.split(".")[1]
         behind = differing(self.steps[self.op], self.given)[PROMPT:]
-        return self.run == "at once" and layer == "0" and self.rows[PROMPT:].any() and not behind.any()
+        return self.run == "at once" and layer == "0" and bool(self.rows[PROMPT:].any() and not behind.any())
 
     @property
     def kind(self) -> str:
