@@ -232,6 +232,9 @@ def suite(
     claim: Annotated[
         list[str] | None, typer.Option(metavar="METRIC=NUMBER", help="A rate to refute; may be repeated.")
     ] = None,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Take over claims that a run beside this one decided on the same bytes.")
+    ] = False,
     skip_contract: SkipContract = False,
 ) -> None:
     """Run the notebooks on a model. Conclude from the evidence that they leave."""
@@ -251,6 +254,7 @@ def suite(
         out=out,
         timeout_s=timeout_s,
         parameters=parameters,
+        reuse=reuse,
         skip_contract=context.obj["skip_contract"],  # before the command or behind it
         peers=peer or [],
         claims=claim or [],

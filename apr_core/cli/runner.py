@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from apr_core import provenance
-from apr_core.engines.subject import DEVICES, ROOT, resolve_model
+from apr_core.engines.subject import DEVICES, REUSE, ROOT, resolve_model
 from apr_core.errors import AprError, LoadError, NotFound, ReadWriteError, UsageError
 from apr_core.falsify.claims import NOTEBOOKS, load_claims
 from apr_core.falsify.evidence import SubjectRecord
@@ -48,6 +48,7 @@ class Order:
     skip_contract: bool = False
     peers: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
+    reuse: bool = False
 
 
 def run_suite(
@@ -62,6 +63,7 @@ def run_suite(
     skip_contract: bool = False,
     peers: Sequence[str] = (),
     claims: Sequence[str] = (),
+    reuse: bool = False,
 ) -> int:
     """
     Run the selected notebooks on a model and write the run folder.
@@ -77,6 +79,7 @@ def run_suite(
         skip_contract: The explicit bypass; nothing can be corroborated.
         peers: Runtimes that notebook 30 holds its rates against, as `apr bench --peer` names them.
         claims: Numbers that it tries to refute, ``METRIC=NUMBER``.
+        reuse: Take over what runs beside this one decided with the same bytes, claims, parameters, code and machine.
 
     Returns:
         The exit code of house section 8.
@@ -85,7 +88,7 @@ def run_suite(
         UsageError: Unknown notebook, device or parameter, or a folder that is not empty: before anything is written.
     """
     order = _order(model, reference, device, only, out, timeout_s, parameters or {}, skip_contract)
-    order = replace(order, peers=_known_peers(peers), claims=_sound_claims(claims))
+    order = replace(order, peers=_known_peers(peers), claims=_sound_claims(claims), reuse=reuse)
     typed = {name: typed_parameters(name, order.parameters) for name in order.notebooks}
     order.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -318,6 +321,9 @@ def _execute(order: Order, typed: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     together = [n for n in order.notebooks if n != ALONE]
     workers = max(1, min(len(together), os.cpu_count() or 1))
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    os.environ.pop(REUSE, None)
+    if order.reuse:
+        os.environ[REUSE] = str(order.folder.parent)
     status: dict[str, NotebookStatus] = {}
     try:
         with ThreadPoolExecutor(workers) as pool:
@@ -339,6 +345,8 @@ def _execute(order: Order, typed: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         kill_all()
         print(f"interrupted; what was measured so far is in {order.folder}", file=sys.stderr, flush=True)
         raise
+    finally:
+        os.environ.pop(REUSE, None)
     return status
 
 

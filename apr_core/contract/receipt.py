@@ -41,7 +41,7 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 # within the same step, so it gets no receipt yet.
 SETTLED_NS = 2_000_000_000
 _CHUNK = 1 << 20
-_COMPANIONS = (
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -168,7 +168,7 @@ def _identity(checkpoint: Checkpoint, seed: int) -> dict[str, Any] | None:
             "files": [_look(path, end, seed) for path, end in ends.items()],
             "index": _dates(checkpoint.path),
             "config": sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode()).hexdigest(),
-            "companions": [[name, _dates(checkpoint.folder / name)] for name in _COMPANIONS],
+            "companions": [[name, _dates(checkpoint.folder / name)] for name in COMPANIONS],
         }
     except OSError:
         return None

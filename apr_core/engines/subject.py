@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +16,11 @@ import numpy as np
 
 from apr_core import provenance
 from apr_core.contract.admit import Admission, admit
+from apr_core.contract.receipt import COMPANIONS
 from apr_core.errors import FormatError, LoadError, UsageError
 from apr_core.falsify.evidence import SubjectRecord
+from apr_core.falsify.finding import Finding
+from apr_core.falsify.reuse import decided
 from apr_core.falsify.rounds import Round
 from apr_core.falsify.verdict import NEEDS
 from apr_core.formats.checkpoint import Checkpoint
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
     from apr_core.model.tokens import PreparedTokens, Tokenizer
     from apr_core.model.trace import TracedForward
 
+REUSE = "APR_REUSE"  # the folder of runs that the runner's --reuse names; kernels inherit it
+# Beside the weights, what an answer or a verdict depends on.
+BESIDE = (*COMPANIONS, "golden.json", "transformers_f64.npz")
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = {"pygmy": ROOT / "models" / "pygmy"}
 DEVICES = ("auto", "cpu", "cuda")
@@ -96,6 +104,7 @@ class Subject:
     ) -> None:
         self.path, self.admission, self.reference = path, admission, reference
         self.device, self.seed, self.max_new_tokens = device, seed, max_new_tokens
+        self.decided: Mapping[str, Finding] = {}
         self.lacks: Mapping[str, str] = _Lacks(
             {
                 "tokenizer": lambda: self.tokenizer is not None,
@@ -226,6 +235,7 @@ class Subject:
             file_bytes=sum(f.stat().st_size for f in checkpoint.files),
             device="cpu",
             template_sha256=(self.tokenizer.template_hash or "") if self.tokenizer else "",
+            companions=_digest_beside(checkpoint.folder),
             refusal=self.admission.refusal or "",
             bypassed=self.admission.bypassed,
         )
@@ -286,7 +296,7 @@ def open_round(notebook: str, subject: Subject, out_dir: str, parameters: Mappin
         parameters: The notebook's parameters, kept in every record.
     """
     folder = Path(out_dir) if out_dir else Path(tempfile.mkdtemp(prefix="apr-run-"))
-    return Round(
+    round_ = Round(
         notebook,
         subject.record,
         folder,
@@ -294,3 +304,15 @@ def open_round(notebook: str, subject: Subject, out_dir: str, parameters: Mappin
         provenance=provenance.collect(),
         reference=subject.reference.record if subject.reference else None,
     )
+    if runs := os.environ.get(REUSE):
+        subject.decided = decided(Path(runs), round_)
+    return round_
+
+
+def _digest_beside(folder: Path) -> str:
+    """Hash the names and bytes of the companions that are there."""
+    digest = hashlib.sha256()
+    for path in (folder / name for name in BESIDE):
+        if path.is_file():
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()

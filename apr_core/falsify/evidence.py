@@ -48,6 +48,7 @@ class SubjectRecord:
     file_bytes: int = 0
     device: str = ""
     template_sha256: str = ""
+    companions: str = ""
     refusal: str = ""
     bypassed: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -84,15 +85,17 @@ class Evidence:
         return str(self.claim["id"])
 
     def __str__(self) -> str:
+        reused = f" (reused from {self.provenance['reused']})" if self.provenance.get("reused") else ""
         if self.verdict is not Verdict.CORROBORATED:
-            return f"{self.id} {self.verdict}: {self.reason}"
+            return f"{self.id} {self.verdict}: {self.reason}{reused}"
         claim = load_claims()[self.id]
         value = self.measured["value"]
         number = (
             f"= {int(value)}" if claim.unit == "count" else claim.limit
         )  # raw floats differ from machine to machine
         detail = f"; {self.coverage['detail']}" if self.coverage["detail"] else ""
-        return f"{self.id} {self.verdict}: {claim.metric} {number} over {self.coverage['compared']} compared{detail}"
+        said = f"{claim.metric} {number} over {self.coverage['compared']} compared{detail}{reused}"
+        return f"{self.id} {self.verdict}: {said}"
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """
@@ -192,9 +195,9 @@ def make_evidence(
         },
         verdict=verdict,
         reason=reason,
-        provenance=dict(provenance),
+        provenance={**provenance, "reused": finding.reused} if finding.reused else dict(provenance),
         rows=tuple(jsonable(dict(r)) for r in list(finding.rows)[:MAX_ROWS]),
-        rows_omitted=max(0, len(finding.rows) - MAX_ROWS),
+        rows_omitted=max(0, len(finding.rows) - MAX_ROWS) + finding.rows_omitted,
         whys=tuple((str(q), str(a)) for q, a in finding.whys),
     )
 

@@ -35,6 +35,8 @@ class Finding:
         not_run: Why nothing was measured.
         blame: For REFUSED: the gate and the tensor.
         claim: Id of the claim, set by ``act``.
+        rows_omitted: Rows beyond those that are kept.
+        reused: The attempt in which it was measured, when it was taken over from an earlier run.
     """
 
     value: float | None
@@ -52,6 +54,8 @@ class Finding:
     not_run: NotRun | None = None
     blame: str = ""
     claim: str = ""
+    rows_omitted: int = 0
+    reused: str = ""
 
     @classmethod
     def nothing(cls, reason: NotRun, blame: str = "") -> Finding:
@@ -128,7 +132,9 @@ def act(claim_id: str) -> Callable[[Callable[[S], Finding]], Callable[[S], Findi
             for need in claim.needs:
                 if need in subject.lacks:
                     return replace(Finding.nothing(NotRun(subject.lacks[need])), claim=claim_id)
-            return replace(measure(subject), claim=claim_id)
+            # A subject whose round was opened with --reuse brings what an earlier run decided of the same bytes.
+            known: Mapping[str, Finding] = getattr(subject, "decided", {})
+            return known.get(claim_id) or replace(measure(subject), claim=claim_id)
 
         ACTS[claim_id] = attempt
         return attempt

@@ -100,6 +100,8 @@ def show_finding(finding: Finding) -> Shown:
         lines.append(f"reference: {finding.reference}")
     if finding.noise_floor is not None:
         lines.append(f"noise floor: {quantity(finding.noise_floor, claim.unit)}")
+    if finding.reused:
+        lines.append(f"reused: measured in attempt {finding.reused}, with the same file, code and machine")
     if finding.inconclusive:
         lines.append(f"decides nothing: {finding.inconclusive}")
     return compose(lines, finding.rows, finding.whys)

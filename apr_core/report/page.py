@@ -363,6 +363,7 @@ def _evidence(e: Evidence) -> dict[str, Any]:
         "Not finite": e.coverage.get("nonfinite") or "",
         "Detail": e.coverage.get("detail"),
         "Reference": e.reference.get("name"),
+        "Reused from": e.provenance.get("reused"),
         "Noise floor": quantity(e.reference["noise_floor"], unit) if e.reference.get("noise_floor") is not None else "",
         "Least tolerance that holds": quantity(e.measured["required_tolerance"], unit)
         if e.measured.get("required_tolerance") is not None

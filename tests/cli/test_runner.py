@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from xml.etree import ElementTree
@@ -96,6 +97,24 @@ def test_an_honest_run_is_corroborated(house):
 
     assert code == Exit.OK
     assert json.loads(evidence.read_text())["parameters"]["seed"] == 3
+
+
+def test_a_second_run_takes_over_what_is_decided(house, capfd):
+    """Asked with --reuse: not measured again, shown as such everywhere; not asked: measured."""
+    for name, reuse in (("one", False), ("two", True), ("three", False)):
+        code = runner.run_suite(model=str(house / "model"), only="10", out=str(house / "runs" / name), reuse=reuse)
+        assert code == Exit.OK
+    claims = {c.id for c in claims_of("10_contract_gates")}
+    reused = {
+        n: {k for k, c in summary(house / "runs" / n)["claims"].items() if c["reused"]} for n in ("one", "two", "three")
+    }
+    assert reused == {"one": set(), "two": claims, "three": set()}
+    first = next((house / "runs" / "one" / "evidence").glob("F-ADMIT*.json"))
+    attempt = json.loads(first.read_text())["attempt"]
+    assert f"(reused from {attempt})" in (house / "runs" / "two" / "10_contract_gates.html").read_text()
+    assert "Reused from" in (house / "runs" / "two" / "index.html").read_text()
+    assert f"reused from: {attempt}" in (house / "runs" / "two" / "junit.xml").read_text()
+    assert runner.REUSE not in os.environ
 
 
 def test_a_refused_model_is_falsified_evidence_also_without_notebook_10(house):
