@@ -298,7 +298,7 @@ def _declare(
             reference=made_from,
             diagnosis=diagnosis,
             provenance=provenance.collect(),
-            parameters={**_injected(order), **order.parameters},
+            parameters={**_injected(order), **order.parameters, **_rated(order)},
         )
     except OSError as error:
         raise ReadWriteError(f"cannot write to {order.folder}: {error}", advice="choose another --out") from error
@@ -312,6 +312,12 @@ def _injected(order: Order) -> dict[str, Any]:
         "out_dir": str(order.folder),
         "skip_contract": order.skip_contract,
     }
+
+
+def _rated(order: Order) -> dict[str, str]:
+    """What notebook 30 is given beside the others."""
+    asked = {"peers": ",".join(order.peers), "claims": ",".join(order.claims)}
+    return {name: value for name, value in asked.items() if value}
 
 
 def _execute(order: Order, typed: Mapping[str, Mapping[str, Any]]) -> dict[str, NotebookStatus]:
@@ -366,7 +372,7 @@ def _run(order: Order, name: str, typed: Mapping[str, Any]) -> NotebookStatus:
     source, out = notebook_path(name), order.folder / f"{name}.ipynb"
     parameters = {**_injected(order), **typed}
     if name == ALONE:
-        parameters |= {"peers": ",".join(order.peers), "claims": ",".join(order.claims)}
+        parameters |= _rated(order)
     started, reason = time.monotonic(), ""
     try:
         papermill.execute_notebook(

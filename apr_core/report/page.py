@@ -416,7 +416,10 @@ def _command(declared: Mapping[str, Any], notebook: str) -> str:
         words += ["--reference", str(given.get("reference") or declared["reference"]["path"])]
     if given.get("device") in ("cpu", "cuda"):
         words += ["--device", str(given["device"])]
-    own = ("model", "reference", "device", "out_dir", "skip_contract")
+    own = ("model", "reference", "device", "out_dir", "skip_contract", "peers", "claims")
+    for option in ("peer", "claim"):
+        given_ = str(given.get(f"{option}s") or "")
+        words += [word for value in given_.split(",") if value for word in (f"--{option}", value)]
     for name in (n for n in given if n not in own):
         words += ["-p", str(name), str(given[name])]
     words += ["--skip-contract"] * bool(given.get("skip_contract"))

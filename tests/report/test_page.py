@@ -100,7 +100,7 @@ def test_a_falsified_claim_opens_with_its_whys(make_run: Callable[..., Any], par
         notebooks=("00_ground_truth",),
         changes={"F-GT-001": bad},
         lacks=(),
-        parameters={"model": "/a b/m.gguf", "device": "cuda"},
+        parameters={"model": "/a b/m.gguf", "device": "cuda", "peers": "llama.cpp,ollama:q", "seed": 7},
     )
     page = parse(write(run))
     assert run.conclusion.verdict is Verdict.FALSIFIED
@@ -108,7 +108,10 @@ def test_a_falsified_claim_opens_with_its_whys(make_run: Callable[..., Any], par
     assert "Why <so>? 7 of 9 lost" in page.text
     assert "Least tolerance that holds 7" in page.text
     assert "Noise floor 0.5" in page.text
-    assert "apr suite --model '/a b/m.gguf' --device cuda --only 00" in page.text
+    assert (
+        "apr suite --model '/a b/m.gguf' --device cuda --peer llama.cpp --peer ollama:q -p seed 7 --only 00"
+        in page.text
+    )
     assert "#F-GT-001" in {a["href"] for a in page.every("a")}
     assert len([a for a in page.every("details") if "open" in a]) == 1
 
