@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections import defaultdict
@@ -37,6 +38,8 @@ class IpcKernelManager(KernelManager):
 
 
 nbval.kernel.KernelManager = IpcKernelManager  # nbval has no option for it
+_compare = IPyNbCell.compare_outputs  # kept before it is replaced below
+_doubted: set[str] = set()  # node ids of claim lines of which every mutation was seen
 _claims = pytest.StashKey[set]()
 _passed = pytest.StashKey[set]()
 _config: list[pytest.Config] = []
@@ -45,6 +48,32 @@ _config: list[pytest.Config] = []
 def pytest_configure(config):
     """Remember the configuration: the report hook below is not given it."""
     _config[:] = [config]
+
+
+def mutations(outputs):
+    """Yield the reference outputs with another verdict, and with another digit in the last number of the line."""
+    verdict = {"CORROBORATED": "FALSIFIED", "NOT_RUN": "CORROBORATED"}
+    for change in (
+        lambda text: re.sub("|".join(verdict), lambda m: verdict[m[0]], text, count=1),
+        lambda text: re.sub(r"(\d)(\D*)$", lambda m: f"{(int(m[1]) + 1) % 10}{m[2]}", text),
+    ):
+        yield [{**o, "text": change(o["text"])} for o in outputs]
+
+
+def compare_and_doubt(self, test, ref, skip_compare=None):
+    """Compare; then show that each mutation of the reference would have failed: on every claim line, in every run."""
+    if not _compare(self, test, ref, skip_compare):
+        return False
+    if "claim" in self.cell.metadata.get("tags", []):
+        for changed in mutations(ref):
+            if _compare(self, test, changed, skip_compare):
+                pytest.fail(f"{self.nodeid}: a mutated reference compared equal: {changed}")
+        _doubted.add(self.nodeid)
+        self.comparison_traceback = []
+    return True
+
+
+IPyNbCell.compare_outputs = compare_and_doubt
 
 
 def why_not_comparable(item: IPyNbCell) -> str | None:
@@ -98,11 +127,11 @@ def pytest_terminal_summary(terminalreporter, config):
     """Print the count: a green run that compared nothing would look the same otherwise."""
     if _claims in config.stash:
         n, of = len(config.stash[_passed]), len(config.stash[_claims])
-        terminalreporter.write_line(f"nbval: {n} of {of} claim lines compared equal")
+        terminalreporter.write_line(f"nbval: {n} of {of} claim lines compared equal; mutations of {len(_doubted)} seen")
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """Fail when fewer lines were compared than there are claims."""
+    """Fail when a claim line was not compared or not doubted, or when there are fewer of them than claims."""
     stash = session.config.stash
-    if exitstatus == 0 and _claims in stash and len(stash[_passed]) < len(load_claims()):
+    if exitstatus == 0 and _claims in stash and len(stash[_passed] & _doubted) < len(load_claims()):
         session.exitstatus = 1
