@@ -60,7 +60,10 @@ bench-gate:  ## the gate's one pass against the machine's read bandwidth, and it
 test-browser:  ## the last report and the notebooks in a real browser
 	$(PY)pytest -q -m browser tests/browser
 
+nbval-stability:  ## nbval 20 times at 1 thread, at 2, and on the portable kernels (hours)
+	$(PY)python ci/nbval_stability.py
+
 clean:  ## caches
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
-.PHONY: help setup fmt lint types layers test test-gpu attacks attacks-long notebooks report size check slow bench bench-formats bench-gate test-browser clean
+.PHONY: help setup fmt lint types layers test test-gpu attacks attacks-long notebooks report size check slow bench bench-formats bench-gate test-browser nbval-stability clean

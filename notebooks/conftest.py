@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -57,7 +58,10 @@ def mutations(outputs):
         lambda text: re.sub("|".join(verdict), lambda m: verdict[m[0]], text, count=1),
         lambda text: re.sub(r"(\d)(\D*)$", lambda m: f"{(int(m[1]) + 1) % 10}{m[2]}", text),
     ):
-        yield [{**o, "text": change(o["text"])} for o in outputs]
+        changed = copy.deepcopy(outputs)
+        for output in changed:
+            output.text = change(output.text)
+        yield changed
 
 
 def compare_and_doubt(self, test, ref, skip_compare=None):
