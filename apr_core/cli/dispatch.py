@@ -58,7 +58,7 @@ COMMANDS: Mapping[str, CommandClass] = {
     "check": _action("model"),
     "trace": _action("model", "reference"),
     "parity": _action("model", "reference"),
-    "eval": _action("model", "base"),
+    "eval": _action("model", "base", "finer"),
     "bench": _action("model"),
     "profile": _action("model"),
     "qa": _DIAGNOSTIC,

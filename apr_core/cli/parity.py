@@ -108,14 +108,20 @@ def evaluate(
     model: Model,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="A text; a bundled one when left out.")] = None,
     base: Annotated[str, typer.Option(metavar="MODEL", help="Also the divergence from this model.")] = "",
+    finer: Annotated[str, typer.Option(metavar="MODEL", help="A copy of the base with more bits: costs it less?")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity on a text, and the divergence from a base model on the same text."""
-    from apr_core.cli.output import show, show_json
+    """Perplexity on a text, and the divergence from a base on the same text; exit 5 when a finer copy is worse."""
+    from apr_core.cli.output import show_json
     from apr_core.parity import evaluate as room
 
+    if finer and not base:
+        raise UsageError("--finer needs what both are copies of", advice="add --base MODEL")
     subject, other = _subject(context, "model"), _subject(context, "base") if base else None
     found = room.evaluate(subject, room.read_text(text), other)
+    rung = None
+    if other is not None and found.base is not None and finer:
+        rung = _rung(_subject(context, "finer"), subject, found.base, other, room.read_text(text))
     body: dict[str, Any] = {
         "model": str(subject.path),
         "text": str(text) if text else "bundled",
@@ -128,14 +134,45 @@ def evaluate(
     }
     if found.base is not None:
         body |= {"against_base": statistics(found.base)}
+    if rung is not None:
+        body |= {"finer": finer} | rung
     if as_json:
         show_json(body)
-        return
-    low, high = found.interval
-    show(f"perplexity {found.perplexity:.4g} (95 % interval {low:.4g} to {high:.4g}), {found.scored} tokens scored")
-    if found.base is not None:
+    else:
+        _show_evaluation(body, found.interval)
+    raise typer.Exit(_code(body["verdict"]) if rung else Exit.OK)
+
+
+def _show_evaluation(body: dict[str, Any], interval: tuple[float, float]) -> None:
+    from apr_core.cli.output import show
+
+    (low, high), base = interval, body["base"]
+    said = f"perplexity {body['perplexity']:.4g} (95 % interval {low:.4g} to {high:.4g})"
+    show(f"{said}, {body['scored']} tokens scored")
+    if base:
         said = ", ".join(f"{key} {_short(value)}" for key, value in body["against_base"].items())
         show(f"against {base}{' (a control: the same file)' if body['control'] else ''}: {said}")
+    if "finer" in body:
+        show(f"against {body['finer']}, the finer copy: {body['verdict']} {body['reason']}")
+
+
+def _rung(finer: Subject, subject: Subject, found: DistributionParity, base: Subject, text: str) -> dict[str, Any]:
+    """Hold a copy with more bits against the subject, both out of the base; more bits must not cost more."""
+    from apr_core.parity.evaluate import evaluate
+    from apr_core.parity.pair import bits_per_weight, is_rung
+
+    bits = [bits_per_weight(side.checkpoint) for side in (finer, subject)]
+    if bits[0] <= bits[1]:
+        raise UsageError(
+            f"expected --finer to have more than the {bits[1]:.2f} bits per weight of MODEL, found {bits[0]:.2f}",
+            advice="exchange the two",
+        )
+    other = evaluate(finer, text, base).base
+    assert other is not None  # a base was given
+    verdict, reason = is_rung(other, found)
+    body = {"verdict": str(verdict), "reason": reason, "kl_mean_finer": other.kl_mean}
+    _mark_bypass(body, finer, subject, base)
+    return body
 
 
 def compare_inference(
@@ -226,6 +263,7 @@ def pair_body(pair: Pair) -> dict[str, Any]:
         "basis": basis,
         "reference_is_b": pair.turned,
         "kl_over_limit": list(pair.ratio) if pair.ratio else None,
+        "nmse_over_limit": list(pair.nmse_ratio) if pair.nmse_ratio else None,
         "positions": report.positions if report else 0,
         "compared": report.compared if report else 0,
         "expected": report.expected if report else 0,

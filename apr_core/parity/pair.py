@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +20,17 @@ from apr_core.falsify.verdict import Verdict
 from apr_core.formats.checkpoint import Checkpoint
 from apr_core.model.generate import follow
 from apr_core.model.trace import Trace, mandatory_names
-from apr_core.parity.compare import ParityReport, compare
+from apr_core.parity.compare import LOGITS, ParityReport, compare
 from apr_core.parity.distribution import F64, DistributionParity, resampled
 from apr_core.parity.floor import noise_floor, path
 from apr_core.parity.noise import rounded_like, trace_copy
 from apr_core.parity.tolerances import FACTOR, KL_CAP, KL_FLOOR, QUANTISED_TAU, YARDSTICK, Tolerance, decisive_margin
 
 Ids = NDArray[np.int64]
+# A cost over its limit, and the bounds of its 95 % interval.
+Ratio = tuple[float, float, float]
+# The square of what F-PAR-001 allows the same weights; and the corrupt band of peers.md E5.
+NMSE_FLOOR, NMSE_CAP = 1e-10, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,24 +55,40 @@ class Yardstick:
         """Limit on the mean KL, nat."""
         if self.report.logits is None:
             return Tolerance(0.0, "the copy has no logits")
-        made = f"noise for {', '.join(self.unwritten)} (decision 0003)" if self.unwritten else "our encoder (0013)"
         limit = min(KL_CAP, max(KL_FLOOR, self.factor * self.report.logits.kl_mean))
-        return Tolerance(limit, f"{self.factor:g} x the mean KL of the reference rounded to the same types by {made}")
+        return Tolerance(limit, f"{self.factor:g} x the mean KL of {self.made}")
 
-    def ratio(self, found: DistributionParity) -> tuple[float, float, float]:
+    @property
+    def made(self) -> str:
+        """What the copy is."""
+        by = f"noise for {', '.join(self.unwritten)} (decision 0003)" if self.unwritten else "our encoder (0013)"
+        return f"the reference rounded to the same types by {by}"
+
+    def ratio(self, found: DistributionParity) -> Ratio:
         """
         Return mean KL over its limit, and the bounds of its 95 % interval, by resampling positions of both together.
 
         The lower bound decides: a file is refuted when even that is above 1.
         """
         assert self.report.logits is not None
-        both = np.stack([found.kl, self.report.logits.kl])
+        return self._ratio(found.kl, self.report.logits.kl, KL_FLOOR, KL_CAP)
+
+    def nmse_ratio(self, found: ParityReport) -> Ratio:
+        """Return the mean NMSE of the logits over its limit, as `ratio`: it sees an offset, which KL cannot."""
+        mine, price = (side.names[LOGITS].rel_l2 ** 2 for side in (found, self.report))
+        return self._ratio(mine, price, NMSE_FLOOR, NMSE_CAP)
+
+    def _ratio(self, found: F64, price: F64, floor: float, cap: float) -> Ratio:
+        both = np.stack([found, price])
         if not np.isfinite(both).all():
             return np.nan, np.nan, np.nan
-        means = resampled(both)
-        limits = np.minimum(KL_CAP, np.maximum(KL_FLOOR, self.factor * means[:, 1]))
-        low, high = np.quantile(means[:, 0] / limits, [0.025, 0.975])
-        return found.kl_mean / self.limit().limit, float(low), float(high)
+
+        def over(means: F64) -> F64:
+            limits: F64 = np.clip(self.factor * means[:, 1], floor, cap)
+            return means[:, 0] / limits
+
+        low, high = np.quantile(over(resampled(both)), [0.025, 0.975])
+        return float(over(both.mean(axis=1)[None])[0]), float(low), float(high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +103,7 @@ class Pair:
         yardstick: For other weights.
         limits: For the same weights: on rel_l2, per name.
         ratio: Mean KL over its limit with its 95 % interval; for other weights.
+        nmse_ratio: Likewise of the logits' NMSE.
         verdict: What follows.
         reason: Why not CORROBORATED, or empty.
         turned: The second file is the finer one, so it was taken as the reference.
@@ -96,7 +116,8 @@ class Pair:
     same_weights: bool = False
     yardstick: Yardstick | None = None
     limits: Mapping[str, float] | None = None
-    ratio: tuple[float, float, float] | None = None
+    ratio: Ratio | None = None
+    nmse_ratio: Ratio | None = None
     turned: bool = False
 
 
@@ -139,9 +160,9 @@ def hold(first: Subject, second: Subject, ids: Ids, prompt: int) -> Pair:
     if report.logits is None or report.nonfinite:
         return Pair(*report.judge(np.inf), report, turned=turned)
     measure = yardstick(reference, candidate.checkpoint, truth, ids, prompt)
-    ratio = measure.ratio(report.logits)
-    verdict, reason = _within(ratio, measure, report.logits)
-    return Pair(verdict, reason, report, yardstick=measure, ratio=ratio, turned=turned)
+    ratio, nmse_ratio = measure.ratio(report.logits), measure.nmse_ratio(report)
+    verdict, reason = _within(ratio, nmse_ratio, measure)
+    return Pair(verdict, reason, report, yardstick=measure, ratio=ratio, nmse_ratio=nmse_ratio, turned=turned)
 
 
 def yardstick(reference: Subject, types: Checkpoint, truth: Trace, ids: Ids, prompt: int) -> Yardstick:
@@ -163,15 +184,25 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
     return 8 * sum(t.nbytes for t in checkpoint.tensors.values()) / max(1, elements)
 
 
-def is_ladder(costs: Mapping[str, float]) -> bool:
+def is_rung(finer: DistributionParity, coarser: DistributionParity) -> tuple[Verdict, str]:
     """
-    Say whether KL never falls from one type to the next with fewer bits.
+    Say whether of two copies of one model the one with more bits costs no more: a check that needs no limit.
 
     Args:
-        costs: Type -> mean KL to the same reference, from most bits to fewest.
+        finer: The copy with more bits per weight, out of their source, on the same positions as the other.
+        coarser: The one with fewer.
+
+    Returns:
+        FALSIFIED where even the lower bound of the 95 % interval of the difference in KL is above zero.
     """
-    order = list(costs.values())
-    return all(one <= other for one, other in pairwise(order))
+    means = resampled(np.stack([finer.kl, coarser.kl]))
+    low = float(np.quantile(means[:, 0] - means[:, 1], 0.025))
+    if low <= 0:
+        return Verdict.CORROBORATED, ""
+    return Verdict.FALSIFIED, (
+        f"mean KL {finer.kl_mean:.3g} nat with more bits per weight, {coarser.kl_mean:.3g} with fewer "
+        f"(the difference is at least {low:.2g})"
+    )
 
 
 def _compare(truth: Trace, found: Trace, reference: Subject, tau: float | F64, ids: Ids) -> ParityReport:
@@ -179,12 +210,12 @@ def _compare(truth: Trace, found: Trace, reference: Subject, tau: float | F64, i
     return compare(truth, found, expect=names, tau=tau, tokens=np.append(ids[1:], -1))
 
 
-def _within(ratio: tuple[float, float, float], measure: Yardstick, found: DistributionParity) -> tuple[Verdict, str]:
-    value, low, high = ratio
-    if low <= 1:
-        return Verdict.CORROBORATED, ""
-    limit = measure.limit()
-    return Verdict.FALSIFIED, (
-        f"mean KL {found.kl_mean:.3g} nat is {value:.3g} times its limit (95 % interval {low:.3g} to {high:.3g}): "
-        f"{limit.limit:.3g}, {limit.source}"
-    )
+def _within(kl: Ratio, nmse: Ratio, measure: Yardstick) -> tuple[Verdict, str]:
+    """Refute where the lower bound of either is beyond its limit; written so that NaN is."""
+    for what, (value, low, high) in (("mean KL", kl), ("mean NMSE of the logits", nmse)):
+        if not low <= 1:
+            return Verdict.FALSIFIED, (
+                f"the {what} is {value:.3g} times its limit (95 % interval {low:.3g} to {high:.3g}): "
+                f"{measure.factor:g} x that of {measure.made}"
+            )
+    return Verdict.CORROBORATED, ""

@@ -189,9 +189,10 @@ def against(
 ) -> Part:
     """Compare two traces under limits per name; near-ties are what the limit on the logits lets rounding overturn."""
     layers = 1 + max((int(n.split(".")[1]) for n in reference if n.startswith("layers.")), default=-1)
-    tau = decisive_margin(reference[LOGITS], limits[LOGITS])
+    logits = reference.get(LOGITS)  # the candidate's own prefill may be the reference, and may have said nothing
+    tau = 0.0 if logits is None else decisive_margin(logits, limits[LOGITS])
     report = compare(reference, candidate, expect=mandatory_names(layers), tau=tau)
-    verdict, reason = report.judge(limits, fewest=min(fewest, len(reference[LOGITS])))
+    verdict, reason = report.judge(limits, fewest=fewest if logits is None else min(fewest, len(logits)))
     return Part(name, verdict, reason, report.compared, report, report.first_divergence(limits))
 
 
@@ -211,12 +212,16 @@ def isolated(candidate: TracedForward, ids: Ids) -> Part:
     """
     a, b = ids[:PREFILL], ids[:PREFILL][::-1].copy()
     alone = [candidate.forward(a), candidate.forward(b), candidate.forward(a)]
-    differing = int((bits(alone[0]) != bits(alone[2])).sum())
     half = a.size // 2
     alone_steps, turns = _steps(candidate, [a], half)[0], _steps(candidate, [a, b], half)[0]
-    differing += int((bits(alone_steps) != bits(turns)).sum())
     compared = alone[0].size + turns.size
+    for first, again in ((alone[0], alone[2]), (alone_steps, turns)):
+        if first.shape != again.shape:
+            return Part("isolation", Verdict.FALSIFIED, f"{again.shape} after B, {first.shape} before", 0)
+    differing = int((bits(alone[0]) != bits(alone[2])).sum()) + int((bits(alone_steps) != bits(turns)).sum())
     reason = f"{differing} of {compared} logits of A change after B" if differing else ""
+    if not compared:
+        reason = f"no logits of {a.size} tokens"
     return Part("isolation", _verdict(differing, compared), reason, compared)
 
 
@@ -228,6 +233,8 @@ def tracing(candidate: TracedForward, ids: Ids) -> Part:
         cache, feed, seen = candidate.new_cache(), prompt, []
         for _ in range(9):
             logits = candidate.forward(feed, cache, None if kind is None else kind())
+            if not len(logits):
+                return Part("tracing", Verdict.INCONCLUSIVE, f"no logits of {feed.size} tokens", 0)
             seen.append(logits)
             feed = np.array([logits[-1].argmax()], np.int64)
         runs.append(np.concatenate(seen))

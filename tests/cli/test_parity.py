@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from apr_core.cli.app import main
 from apr_core.engines import load
 from apr_core.model.trace import TracedForward
+from apr_core.rosetta.convert import convert
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
@@ -120,6 +121,30 @@ def test_eval_of_the_bundled_text(capsys: pytest.CaptureFixture[str], pair: dict
     assert short["against_base"]["kl_mean"] > 1e-4
     assert main(["eval", "pygmy", "--text", str(text)]) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_eval_of_a_finer_copy(
+    capsys: pytest.CaptureFixture[str], pair: dict[str, Path], pygmy: Path, tmp_path: Path
+) -> None:
+    """More bits per weight must not cost more: 0 for F16 against Q8_0, 5 where the F16 is damaged, 2 the wrong way."""
+    coarse, text = tmp_path / "q8.gguf", tmp_path / "short.txt"
+    convert(pygmy, coarse, quantize="Q8_0")
+    text.write_text("def fib(n):\n    return n\n" * 9, encoding="utf-8")
+    given = ["eval", str(coarse), "--text", text, "--base", "pygmy", "--finer"]
+    code, body = run(capsys, *given, pair["f16"])
+    assert (code, body["verdict"]) == (0, "CORROBORATED")
+    assert 0 < body["kl_mean_finer"] < body["against_base"]["kl_mean"]
+    code, body = run(capsys, *given, pair["negated"])
+    assert (code, body["verdict"]) == (5, "FALSIFIED")
+    assert "with more bits per weight" in body["reason"]
+    code, body = run(capsys, *given, pair["f16"], "--skip-contract")
+    assert (code, body["verdict"]) == (11, "INCONCLUSIVE")
+    wrong = ["eval", str(pair["f16"]), "--text", str(text), "--base", "pygmy", "--finer", str(coarse)]
+    assert main(wrong) == 2
+    assert main(["eval", str(coarse), "--text", str(text), "--finer", str(pair["f16"])]) == 2
+    said = capsys.readouterr().err
+    assert "bits per weight of MODEL" in said
+    assert "add --base MODEL" in said
 
 
 def test_eval_of_what_cannot_be_read(capsys: pytest.CaptureFixture[str], mute: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,28 @@ def test_a_backend_whose_answer_depends_on_tracing_is_red(bench: tuple[Any, Benc
     assert report.reason.startswith("tracing:")
     short = odd(bench, lambda x, calls, traced: x[:-1] if traced and len(x) > 1 else x)
     assert "with tracing" in short.part("tracing").reason
+
+
+def test_a_backend_that_emits_nothing_is_undecided(bench: tuple[Any, Bench]) -> None:
+    """No logits, no trace: every part says that nothing was compared, and none of them breaks."""
+
+    class Mute(Odd):
+        def forward(self, ids: Any, cache: Any = None, trace: Any = None) -> Any:
+            return super().forward(ids, cache)[:0]
+
+    report = examine(bench[1], Mute(PlainQwen2(bench[0]), lambda x, calls, traced: x))
+    assert {part.verdict for part in report.parts} == {Verdict.INCONCLUSIVE}
+    assert sum(part.compared for part in report.parts) == 0
+    assert "absent in the candidate" in report.part("prefill").reason
+    assert report.part("isolation").reason == report.part("tracing").reason == "no logits of 64 tokens"
+
+
+def test_a_backend_that_answers_less_the_second_time_is_red(bench: tuple[Any, Bench]) -> None:
+    """Fewer rows of A after B: said so, and not compared as far as they go."""
+    seen = count(1)
+    report = odd(bench, lambda x, calls, traced: x[:-1] if not traced and len(x) == PREFILL and next(seen) == 3 else x)
+    assert report.part("isolation").verdict is Verdict.FALSIFIED
+    assert "after B" in report.part("isolation").reason
 
 
 def test_the_names_of_this_list_exist(bench: tuple[Any, Bench]) -> None:

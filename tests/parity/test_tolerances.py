@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from apr_core.dtypes import FORMATS
 from apr_core.engines.load import load_model
@@ -18,7 +20,7 @@ from apr_core.parity import noise
 from apr_core.parity.distribution import compare_logits
 from apr_core.parity.floor import path
 from apr_core.parity.noise import trace_copy
-from apr_core.parity.pair import hold, is_ladder, yardstick
+from apr_core.parity.pair import hold, is_rung, yardstick
 from apr_core.parity.tolerances import (
     _MEASURED,
     AMPLIFIED,
@@ -30,6 +32,7 @@ from apr_core.parity.tolerances import (
     noisy,
     rounding_error,
 )
+from tests.model.conftest import write_tiny
 
 WITNESSED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")
 
@@ -122,8 +125,10 @@ def test_the_files_of_llama_cpp_pin_the_level_of_the_yardstick(name: str, source
     assert found.yardstick is not None
     assert found.yardstick.unwritten == ()
     assert found.ratio is not None
+    assert found.nmse_ratio is not None
     if name != "F16":
         assert found.ratio[0] == pytest.approx(1 / 1.5, rel=0.02)
+        assert found.nmse_ratio[0] == pytest.approx(1 / 1.5, rel=0.02)
 
 
 def test_the_ladder_of_types_is_monotone(source: Subject) -> None:
@@ -134,10 +139,30 @@ def test_the_ladder_of_types_is_monotone(source: Subject) -> None:
     costs = []
     for name in LADDER:
         change = lambda at, tensor, x, kind=FORMATS[name]: round_to(x, kind) if x.ndim == 2 else x  # noqa: E731
-        costs.append(compare_logits(truth["logits"], trace_copy(weights, change, load_model, run)["logits"]).kl_mean)
-    assert costs == sorted(costs)
-    assert is_ladder(dict(zip(LADDER, costs, strict=True)))
-    assert not is_ladder({"Q8_0": 0.02, "Q6_K": 0.01})
+        costs.append(compare_logits(truth["logits"], trace_copy(weights, change, load_model, run)["logits"]))
+    for finer, coarser in pairwise(costs):
+        assert finer.kl_mean <= coarser.kl_mean
+        assert is_rung(finer, coarser) == (Verdict.CORROBORATED, "")
+    verdict, reason = is_rung(costs[2], costs[1])
+    assert verdict is Verdict.FALSIFIED
+    assert "with more bits per weight" in reason
+    assert is_rung(costs[1], costs[1])[0] is Verdict.CORROBORATED
+
+
+def test_an_offset_that_kl_cannot_see_is_refuted_by_nmse(tmp_path: Path) -> None:
+    """One vector added to every row of the head moves all logits of a position alike, which KL does not see."""
+    files = [write_tiny(tmp_path / name, tie_word_embeddings=False) for name in ("source", "copy", "offset")]
+    tensors = {n: t.astype(np.float16) for n, t in load_file(files[0] / "model.safetensors").items()}
+    save_file(tensors, str(files[1] / "model.safetensors"))
+    tensors["lm_head.weight"] += np.float16(0.05) * np.sign(normal(1, 64)).astype(np.float16)
+    save_file(tensors, str(files[2] / "model.safetensors"))
+    source, copy, offset = (obtain(str(path), device="cpu") for path in files)
+    ids = source.stimulus(96).ids
+    healthy, found = hold(source, copy, ids, 64), hold(source, offset, ids, 64)
+    assert (healthy.verdict, found.verdict) == (Verdict.CORROBORATED, Verdict.FALSIFIED)
+    assert "NMSE of the logits" in found.reason
+    assert found.ratio is not None
+    assert found.ratio[1] <= 1 < found.nmse_ratio[1]  # type: ignore[index]
 
 
 def test_a_type_without_an_encoder_gets_noise_and_a_wider_limit(
