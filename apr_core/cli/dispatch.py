@@ -88,6 +88,7 @@ COMMANDS: Mapping[str, CommandClass] = {
     "zoo plant": _DIAGNOSTIC,
     "zoo run": _DIAGNOSTIC,
     "zoo diagnose": _DIAGNOSTIC,
+    "zoo rounds": _NONE,
     "zoo list": _NONE,
     "report page": _NONE,
     "report compare": _NONE,

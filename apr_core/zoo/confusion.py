@@ -1,24 +1,21 @@
 """
 How often a diagnosis names the planted cause: every defect of a file or of a backend, every legal oddity, and pairs.
 
-Files get random names and lose their metadata, and each is diagnosed by `apr diagnose` in a process of its own, which
-sees nothing of the zoo. A fault of a backend is a hook, so its model is wrapped here and explained in a worker.
+Files get random names, lose their metadata, and are diagnosed in another process, which has never seen the zoo and is
+replaced every so many files. A fault of a backend is a hook, so its model is wrapped and explained here.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,14 +23,17 @@ from typing import Any
 import numpy as np
 
 from apr_core.diagnose.backend import explain_backend
-from apr_core.diagnose.cause import NOTHING, Cause, Chain
+from apr_core.diagnose.cause import NOTHING, Cause, Chain, Diagnosis
+from apr_core.diagnose.explain import explain_failure
 from apr_core.engines.subject import Subject, obtain, resolve_model
 from apr_core.engines.wrap import At, Hook, wrap
+from apr_core.errors import AprError
 from apr_core.zoo.draft import Draft, put_together, take_apart
 from apr_core.zoo.matrix import HEALTHY
 from apr_core.zoo.registry import Benign, Defect, NotApplicable, Recipe, load_zoo
 
-PAIRS, SEED = 100, 9
+PAIRS, SEED, FILES_PER_PROCESS = 100, 9, 50
+PARTS = ("reference", "alone", "benign", "pair", "backend")
 # What the issue asks for: share of classes right, share of places right among those; no alarm on a legal oddity.
 TARGETS = {"reference": 0.95, "place": 0.95, "alone": 0.80, "benign": 1.0, "pair one": 0.90, "pair both": 0.60}
 Progress = Callable[[str], None]
@@ -51,7 +51,7 @@ class Case:
         found: Causes that were named, the first one first; ``nothing to explain`` or ``unexplained`` where none was.
         right: Whether the first is the planted one; for a pair how many of both were named.
         placed: Whether it was found in the right tensor or activation; None where the fault has no such place.
-        seconds: From the start of the process to its end.
+        seconds: Of the diagnosis; once in fifty files the start of a process is in it.
         answer: What the deciding experiment said.
     """
 
@@ -65,91 +65,79 @@ class Case:
     answer: str = ""
 
 
-def measure(
-    model: str | Path, *, quick: bool = False, pairs: int = PAIRS, workers: int = 0, progress: Progress | None = None
-) -> list[Case]:
+def measure(model: str | Path, *, quick: bool = False, progress: Progress | None = None) -> list[Case]:
     """
     Diagnose everything that can be planted on a model.
 
     Args:
         model: A healthy model; also the reference.
         quick: Take every sixteenth item, and pairs in proportion.
-        pairs: How many pairs of file defects are drawn.
-        workers: Processes at a time; one per core when 0.
         progress: Called with a line for each item.
     """
-    path = resolve_model(str(model)).resolve()
-    subject = obtain(str(path), device="cpu")
-    draft, zoo, step = take_apart(subject.checkpoint), load_zoo(), 16 if quick else 1
-    files = [d for d in zoo.defects.values() if d.recipe is not None]
-    oddities = [HEALTHY, *(b for b in zoo.benign.values() if b.hook is None)]
-    jobs: list[Callable[[], Case | None]] = []
-    for defect in files[::step]:
-        jobs.append(_job(defect, "reference", draft, path))
-        if not defect.invisible_alone:
-            jobs.append(_job(defect, "alone", draft, path))
-    jobs += [_job(oddity, "benign", draft, path) for oddity in oddities[::step]]
-    drawn = np.random.default_rng(SEED)
-    for _ in range(pairs // step):
-        first, second = (files[i] for i in drawn.choice(len(files), 2, replace=False))
-        jobs.append(_pair_job(first, second, draft, path))
-    say = progress or (lambda line: None)
-    cases: list[Case] = []
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for case in pool.map(lambda job: job(), jobs):
-            if case is not None:
-                cases.append(case)
-                say(f"{case.kind} {case.id}: {', '.join(case.found)}, {case.seconds:.1f} s")
-    everything: list[Defect | Benign] = [*zoo.defects.values(), *zoo.benign.values()]
-    for item in [i for i in everything if i.hook is not None][::step]:
-        cases.append(_backend(item, subject))
-        say(f"backend {item.id}: {', '.join(cases[-1].found)}, {cases[-1].seconds:.1f} s")
-    subject.close()
+    cases = []
+    for part in PARTS:
+        for case in measure_part(model, part, step=16 if quick else 1):
+            cases.append(case)
+            if progress is not None:
+                progress(f"{case.kind} {case.id}: {', '.join(case.found)}, {case.seconds:.1f} s")
     return cases
 
 
-def _job(item: Defect | Benign, kind: str, draft: Draft, reference: Path) -> Callable[[], Case | None]:
-    """Plant one item and diagnose it; None where the model cannot have it."""
+def measure_part(model: str | Path, part: str, *, step: int = 1) -> Iterator[Case]:
+    """Diagnose one of ``PARTS``, every ``step``-th item of it."""
+    path = resolve_model(str(model)).resolve()
+    zoo = load_zoo()
+    files = [d for d in zoo.defects.values() if d.recipe is not None]
+    oddities = [HEALTHY, *(b for b in zoo.benign.values() if b.hook is None)]
+    everything: list[Defect | Benign] = [*zoo.defects.values(), *zoo.benign.values()]
+    subject = obtain(str(path), device="cpu")
+    draft = take_apart(subject.checkpoint)
+    if part == "backend":
+        yield from (_backend(item, subject) for item in [i for i in everything if i.hook is not None][::step])
+        subject.close()
+        return
+    subject.close()
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=FILES_PER_PROCESS) as pool:
+        if part == "pair":
+            drawn = np.random.default_rng(SEED)
+            for _ in range(PAIRS // step):
+                first, second = (files[i] for i in drawn.choice(len(files), 2, replace=False))
+                yield from _pair(first, second, draft, path, pool)
+            return
+        chosen: list[Defect | Benign] = [*files] if part != "benign" else [*oddities]
+        for item in chosen[::step]:
+            if part != "alone" or (isinstance(item, Defect) and not item.invisible_alone):
+                yield from _single(item, part, draft, path, pool)
+
+
+def _single(item: Defect | Benign, kind: str, draft: Draft, reference: Path, pool: Executor) -> Iterator[Case]:
+    """Plant one item and diagnose it; nothing where the model cannot have it."""
     alone = kind == "alone" or (isinstance(item, Benign) and (item.twin or item.alone))
-
-    def run() -> Case | None:
-        planted = plant([item.recipe] if item.recipe else [], draft)
-        if planted is None:
-            return None
-        folder, path, touched = planted
-        try:
-            body, seconds = diagnose(path, None if alone else reference)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        found = _classes(body)
-        if isinstance(item, Benign):
-            return Case(item.id, kind, (NOTHING,), found, found == (NOTHING,), None, seconds, str(body["experiment"]))
-        right = found[0] == item.cause
-        placed = body["tensor"] in touched if right and touched and body["tensor"] else None
-        return Case(item.id, kind, (item.cause,), found, right, placed, seconds, str(body["experiment"]))
-
-    return run
+    planted = plant([item.recipe] if item.recipe else [], draft)
+    if planted is None:
+        return
+    folder, path, touched = planted
+    body, seconds = diagnose(path, None if alone else reference, pool)
+    shutil.rmtree(folder, ignore_errors=True)
+    found = _classes(body)
+    wanted = item.cause if isinstance(item, Defect) else NOTHING
+    right = found[0] == wanted
+    placed = body["tensor"] in touched if right and touched and body["tensor"] else None
+    yield Case(item.id, kind, (wanted,), found, right, placed, seconds, str(body["experiment"]))
 
 
-def _pair_job(first: Defect, second: Defect, draft: Draft, reference: Path) -> Callable[[], Case | None]:
-    """Plant two defects in one file."""
-
-    def run() -> Case | None:
-        both = [first.recipe, second.recipe]
-        planted = plant([r for r in both if r is not None], draft)
-        if planted is None:
-            return None
-        folder, path, _ = planted
-        try:
-            body, seconds = diagnose(path, reference)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        found = _classes(body)
-        right = (first.cause in found) + (second.cause in found)  # two of one cause may be named once, as one damage
-        id_ = f"{first.id} + {second.id}"
-        return Case(id_, "pair", (first.cause, second.cause), found, right, None, seconds, str(body["experiment"]))
-
-    return run
+def _pair(first: Defect, second: Defect, draft: Draft, reference: Path, pool: Executor) -> Iterator[Case]:
+    """Plant two defects in one file; nothing where the second does not find what the first has taken away."""
+    planted = plant([r for r in (first.recipe, second.recipe) if r is not None], draft)
+    if planted is None:
+        return
+    folder, path, _ = planted
+    body, seconds = diagnose(path, reference, pool)
+    shutil.rmtree(folder, ignore_errors=True)
+    found = _classes(body)
+    right = (first.cause in found) + (second.cause in found)  # two of one cause may be named once, as one damage
+    wanted = (first.cause, second.cause)
+    yield Case(f"{first.id} + {second.id}", "pair", wanted, found, right, None, seconds, str(body["experiment"]))
 
 
 def plant(recipes: Sequence[Recipe], draft: Draft) -> tuple[Path, Path, tuple[str, ...]] | None:
@@ -174,19 +162,14 @@ def plant(recipes: Sequence[Recipe], draft: Draft) -> tuple[Path, Path, tuple[st
         return None
 
 
-def diagnose(path: Path, reference: Path | None) -> tuple[dict[str, Any], float]:
-    """Run `apr diagnose` in a process of its own."""
+def diagnose(path: Path, reference: Path | None, pool: Executor) -> tuple[dict[str, Any], float]:
+    """Diagnose in a process that has never seen the zoo; an error there names nothing."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "apr_core", "diagnose", str(path), "--json"]
-    command += ["--reference", str(reference)] if reference else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = round(time.monotonic() - started, 3)
     try:
-        body: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        body = {"outcome": "error", "class": "", "tensor": "", "experiment": last, "others": []}
-    return body, seconds
+        body = pool.submit(explain_failure, path, reference=reference).result().as_json()
+    except AprError as error:
+        body = Diagnosis("error").as_json() | {"experiment": f"{type(error).__name__}: {error.message}"}
+    return body, round(time.monotonic() - started, 3)
 
 
 def _classes(body: Mapping[str, Any]) -> tuple[str, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-
-import pytest
 
 from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.zoo.confusion import Case, diagnose, plant, summarise
@@ -43,7 +43,7 @@ def test_rates_count_what_was_right_and_where() -> None:
 
 
 def test_a_planted_file_says_nothing_of_its_defect(pygmy: Path) -> None:
-    """Its names are random, it carries no mark, and the process that sees it finds the cause all the same."""
+    """Its names are random, it carries no mark, and another process finds the cause all the same, or says its error."""
     with open_checkpoint(pygmy) as checkpoint:
         draft = take_apart(checkpoint)
     recipe = find("q-transposed").recipe
@@ -54,7 +54,11 @@ def test_a_planted_file_says_nothing_of_its_defect(pygmy: Path) -> None:
     assert "q-transposed" not in str(path)
     with open_checkpoint(path) as written:
         assert "zoo" not in written.metadata
-    body, seconds = diagnose(path, pygmy)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        body, seconds = diagnose(path, pygmy, pool)
+        error, _ = diagnose(path / "nothing", None, pool)
+    assert error["class"] == ""
+    assert "no such file" in error["experiment"]
     assert (body["class"], body["tensor"]) == ("layout", "model.layers.0.self_attn.q_proj.weight")
     assert body["tensor"] in touched
     assert seconds > 0
@@ -68,11 +72,3 @@ def test_recipes_that_do_not_fit_are_left_out(pygmy: Path) -> None:
     assert dropped is not None
     assert shifted is not None
     assert plant([dropped, shifted], draft) is None
-
-
-@pytest.mark.parametrize("broken", ["nothing.safetensors"])
-def test_a_process_that_fails_names_nothing(broken: str, tmp_path: Path) -> None:
-    """An error is no diagnosis: it counts as missed, and its last line is kept."""
-    body, _ = diagnose(tmp_path / broken, None)
-    assert body["class"] == ""
-    assert "no such file" in body["experiment"].lower()
