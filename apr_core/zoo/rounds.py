@@ -134,7 +134,7 @@ def _of_suite(root: RootCause, run: Any, what: str) -> Diagnosis:
     chain = Chain([("Is it the file, or its backend?", "no: both are right; the check is what was taken away")])
     answer = f"with {what}, the suite ends with exit {code}"
     repair = f"the check put back: {', '.join(root.guards)} must hold before exit 0" if code != Exit.OK else ""
-    cause = chain.close(Cause("suite", "Does the suite notice?", answer, repair, code != Exit.OK, op=root.twin))
+    cause = chain.close(Cause("suite", "Does the suite notice?", answer, repair, op=root.twin))
     return Diagnosis(EXPLAINED, (cause,))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from apr_core.falsify.claims import load_claims
 from apr_core.report.whys import whys_markdown
 from apr_core.zoo.rounds import ROOT_CAUSES, diagnose_rounds, rounds_markdown
@@ -22,6 +24,7 @@ def test_the_page_is_made_from_its_records(root: Path) -> None:
     assert all(len(r["whys"]) >= 3 for r in records)
 
 
+@pytest.mark.slow
 def test_every_twin_is_still_diagnosed_so(root: Path) -> None:
     """Planted again, each twin has the cause and the place that the records say."""
     records = json.loads((root / "docs" / "rounds.json").read_text(encoding="utf-8"))
