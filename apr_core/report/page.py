@@ -22,6 +22,7 @@ from apr_core.falsify.rounds import WORST_FIRST, Conclusion, read_declared
 from apr_core.falsify.verdict import NotRun, Verdict
 from apr_core.report.summary import NotebookStatus, evidence_file, examined, write_whole
 from apr_core.report.text import clean, columns, esc, limit_of, nbytes, number, percent, quantity, seconds
+from apr_core.report.whys import whys_html
 
 if TYPE_CHECKING:
     import jinja2
@@ -345,7 +346,7 @@ def _claim(
         "heads": [],
         "rows": [],
         "omitted": 0,
-        "whys": [],
+        "whys": "",
         "figure": None,
         "figure_note": "",
     }
@@ -376,7 +377,7 @@ def _evidence(e: Evidence) -> dict[str, Any]:
         "heads": [clean(h, 80) for h in heads],
         "rows": [[clean(number(r.get(h)), 400) for h in heads] for r in e.rows],
         "omitted": e.rows_omitted,
-        "whys": list(e.whys),
+        "whys": whys_html(e.whys, f"fig-{e.id}" if figure else ""),
         "figure": figure,
         "figure_note": note,
     }

@@ -87,6 +87,7 @@ def lab():
     shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_a_notebook_runs_in_jupyterlab(browser, lab, notebook):
     """Run to its end by the application itself: no error, no unexecuted cell, a verdict in each claim cell."""
