@@ -16,6 +16,9 @@ sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# Kernels in Triton run in its interpreter, which is chosen when it is first imported, by whomever.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Receipts of the tests stay with the tests.
 os.environ["APR_CACHE"] = tempfile.mkdtemp(prefix="apr-test-cache-")
 

@@ -135,6 +135,10 @@ def engine_for(precision: str, device: str) -> Build:
 
         if not torch.cuda.is_available():
             raise Unavailable("no CUDA device here", advice="use device cpu")
+        if precision != "reference":
+            from apr_core.engines.gpu import require_device
+
+            require_device(device)
     return ENGINES[precision, device]
 
 
@@ -195,11 +199,25 @@ def _speed(validated: ValidatedModel, device: str, tokenizer: Tokenizer | None) 
     return CpuQwen2(validated, "speed", tokenizer)
 
 
+def _gpu_exact(validated: ValidatedModel, device: str, tokenizer: Tokenizer | None) -> TracedForward:
+    from apr_core.engines.gpu import GpuQwen2
+
+    return GpuQwen2(validated, "exact", tokenizer, device=device)
+
+
+def _gpu_speed(validated: ValidatedModel, device: str, tokenizer: Tokenizer | None) -> TracedForward:
+    from apr_core.engines.gpu import GpuQwen2
+
+    return GpuQwen2(validated, "speed", tokenizer, device=device)
+
+
 ENGINES = Engines(
     {
         ("reference", "cpu"): _reference,
         ("reference", "cuda"): _cuda,
         ("exact", "cpu"): _exact,
         ("speed", "cpu"): _speed,
+        ("exact", "cuda"): _gpu_exact,
+        ("speed", "cuda"): _gpu_speed,
     }
 )

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from apr_core.kernels.gpu import has_triton
+
 # Modules that register kernels when they are imported.
 MODULES: tuple[str, ...] = (
     "apr_core.kernels.cpu.register",
@@ -18,6 +20,7 @@ MODULES: tuple[str, ...] = (
     "apr_core.kernels.cpu.decode",
     "apr_core.kernels.cpu.encode",
 )
+GPU_MODULES: tuple[str, ...] = ("apr_core.kernels.gpu.register",)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,11 @@ def register(kernel: Kernel) -> Kernel:
 
 
 def load_kernels() -> dict[tuple[str, str, str, str, str], Kernel]:
-    """Import every module that registers kernels, and return them all; numba is needed for most."""
-    for module in MODULES:
+    """
+    Import every module that registers kernels, and return them all; numba is needed for most.
+
+    Those in Triton are registered where Triton is installed, and runs: on a device or in its interpreter.
+    """
+    for module in (*MODULES, *(GPU_MODULES if has_triton() else ())):
         importlib.import_module(module)
     return KERNELS
