@@ -23,6 +23,10 @@ layers:  ## import-linter
 test:  ## unit tests with branch coverage
 	$(PY)pytest -q -m "not slow and not browser" --cov
 
+gpu-check:  ## kernels for the device: references in the interpreter, machine code ahead of time; 9 is NOT_RUN
+	$(PY)python ci/gpu_check.py
+	$(PY)pytest -q tests/kernels/gpu tests/kernels/test_registry.py -k "gpu or cuda"
+
 test-gpu:  ## parity on a CUDA device; one archive of evidence in $OUT
 	bash ci/run_gpu.sh
 
@@ -66,4 +70,4 @@ nbval-stability:  ## nbval 20 times at 1 thread, at 2, and on the portable kerne
 clean:  ## caches
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 
-.PHONY: help setup fmt lint types layers test test-gpu attacks attacks-long notebooks report size check slow bench bench-formats bench-gate test-browser nbval-stability clean
+.PHONY: help setup fmt lint types layers test test-gpu attacks attacks-long notebooks report size check slow gpu-check bench bench-formats bench-gate test-browser nbval-stability clean

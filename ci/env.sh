@@ -28,7 +28,7 @@ apr_environment() {
     # The stamp is the content that decides what is installed; a changed pin installs again, nothing else does.
     local stamp want
     stamp="$prefix/.apr-stamp"
-    want="$(cat "$apr_root/pyproject.toml" "$apr_root/constraints.txt" | sha256sum) $apr_root"
+    want="$(cat "$apr_root/pyproject.toml" "$apr_root/constraints.txt" "$apr_root/constraints-gpu.txt" | sha256sum) $apr_root"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         echo "installing from constraints.txt into $prefix"
         # torch by its pin first: another package's open range would take the build with CUDA.
@@ -36,6 +36,10 @@ apr_environment() {
             "$(grep '^torch==' "$apr_root/constraints.txt")" -c "$apr_root/constraints.txt" || return 9
         "$prefix/bin/python" -m pip install --quiet --disable-pip-version-check \
             -c "$apr_root/constraints.txt" -e "$apr_root[dev,peers]" || return 9
+        # The kernels' compiler alone, without the CUDA build of torch that its pin belongs to: it checks them without a
+        # device. Where there is no build of it, that check says NOT_RUN.
+        "$prefix/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+            "$(grep '^triton==' "$apr_root/constraints-gpu.txt")" || echo "no triton here: gpu-check will be NOT_RUN"
         echo "$want" >"$stamp"
     fi
     export PATH="$prefix/bin:$PATH"

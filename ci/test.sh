@@ -29,11 +29,16 @@ lanes() {
     return "$failed"
 }
 
+gpu_check() {  # 9 is NOT_RUN: no triton
+    python ci/gpu_check.py || [ "$?" -eq 9 ]
+}
+
 static() {
     part ruff ruff check .
     part format ruff format --check .
     part mypy mypy
     part layers lint-imports
+    part gpu-check gpu_check
 }
 
 # These compile every kernel; two workers would each compile the same for itself.

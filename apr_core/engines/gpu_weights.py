@@ -100,6 +100,7 @@ def estimate(validated: ValidatedModel, cache_bytes: int) -> Estimate:
     sizes = [sum(packed.nbytes for packed in layer.values()) for layer in layers]
     positions = min(POSITIONS, config.max_position_embeddings)
     table = described(validated.tensors[EMBEDDING]).nbytes
+    scores = 2 * config.num_attention_heads * CHUNK * positions
     wide = 4 * config.hidden_size + 3 * config.intermediate_size + config.vocab_size
     return Estimate(
         layer=max(sizes),
@@ -108,7 +109,7 @@ def estimate(validated: ValidatedModel, cache_bytes: int) -> Estimate:
         embedding=0 if validated.tied else table,
         norm=FLOAT * (config.hidden_size * (1 + 2 * len(layers)) + config.max_position_embeddings * config.head_dim),
         cache=cache_bytes * 2 * len(layers) * positions * config.num_key_value_heads * config.head_dim,
-        activations=FLOAT * (min(SCRATCH, wide * config.hidden_size) + CHUNK * wide),
+        activations=FLOAT * (min(SCRATCH, wide * config.hidden_size) + CHUNK * wide + scores),
         stored=sum(sizes),
     )
 

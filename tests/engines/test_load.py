@@ -60,8 +60,11 @@ def test_a_refused_model_does_not_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["exact", "speed"])
-def test_a_precision_without_an_engine_names_those_that_are(tiny: Path, precision: str) -> None:
+def test_a_precision_without_an_engine_names_those_that_are(
+    tiny: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Exit 9, before the file is read; never the reference in its place."""
+    monkeypatch.delitem(ENGINES, (precision, "cuda"))
     with pytest.raises(Unavailable, match="there is reference on cpu, reference on cuda") as caught:
         load_model(tiny / "nothing", device="cuda", precision=precision)
     assert caught.value.exit_code == 9
