@@ -112,12 +112,11 @@ class Examination:
 
     def engine(self, device: str) -> TracedForward:
         """Return the fastest engine that is registered for a device."""
-        from apr_core.engines.load import ENGINES, build
+        from apr_core.engines.load import build, fastest_precision
 
         self.require_admitted()
         if device not in self._engines:
-            precision = "speed" if ("speed", device) in ENGINES else "reference"
-            self._engines[device] = build(self.subject.admission, device=device, precision=precision)
+            self._engines[device] = build(self.subject.admission, device=device, precision=fastest_precision(device))
         return self._engines[device]
 
     def require_admitted(self) -> None:

@@ -17,6 +17,7 @@ from apr_core.contract.types import ValidatedModel
 from apr_core.engines.plain import PlainQwen2
 from apr_core.errors import LoadError, Unavailable, UsageError
 from apr_core.kernels.cpu import features
+from apr_core.kernels.gpu import has_triton
 from apr_core.model.tokens import Tokenizer, load_tokenizer
 from apr_core.model.trace import TracedForward, lacking, require_traced
 
@@ -144,7 +145,8 @@ def engine_for(precision: str, device: str) -> Build:
 
 def fastest_precision(device: str) -> str:
     """Return what ``auto`` means on a device: ``speed`` where such an engine and its compiler are here."""
-    return "speed" if ("speed", device) in ENGINES and features.has_numba() else "reference"
+    compiler = has_triton() if device == "cuda" else features.has_numba()
+    return "speed" if ("speed", device) in ENGINES and compiler else "reference"
 
 
 class Engines(dict[tuple[str, str], Build]):
