@@ -15,6 +15,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from apr_core.diagnose.cause import Diagnosis
 from apr_core.falsify.claims import load_claims
 from apr_core.falsify.evidence import Evidence
 from apr_core.falsify.finding import Finding
@@ -105,6 +106,17 @@ def show_finding(finding: Finding) -> Shown:
     if finding.inconclusive:
         lines.append(f"decides nothing: {finding.inconclusive}")
     return compose(lines, finding.rows, finding.whys)
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> Shown:
+    """A diagnosis: outcome, provenance, and the chain of each cause that was found."""
+    head = [f"{diagnosis.outcome}{f'; {diagnosis.provenance}' if diagnosis.provenance else ''}"]
+    if not diagnosis.causes:
+        return compose(head, whys=diagnosis.whys)
+    proved = ("measured", "proved by repair")
+    parts = [compose([f"{c.klass}: {c.place} ({proved[c.proved]})"], whys=c.whys) for c in diagnosis.causes]
+    shown = [compose(head), *parts]
+    return Shown(Markup("").join(p.html for p in shown), "\n".join(p.text for p in shown))
 
 
 def show_evidence(evidence: Evidence) -> Shown:

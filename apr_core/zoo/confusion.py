@@ -27,9 +27,10 @@ from apr_core.diagnose.cause import NOTHING, Cause, Chain, Diagnosis
 from apr_core.diagnose.explain import explain_failure
 from apr_core.engines.subject import Subject, obtain, resolve_model
 from apr_core.engines.wrap import At, Hook, wrap
-from apr_core.errors import AprError
+from apr_core.errors import AprError, UsageError
+from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.zoo.draft import Draft, put_together, take_apart
-from apr_core.zoo.matrix import HEALTHY
+from apr_core.zoo.matrix import HEALTHY, find
 from apr_core.zoo.registry import Benign, Defect, NotApplicable, Recipe, load_zoo
 
 PAIRS, SEED, FILES_PER_PROCESS = 100, 9, 50
@@ -160,6 +161,20 @@ def plant(recipes: Sequence[Recipe], draft: Draft) -> tuple[Path, Path, tuple[st
         # the second of two recipes may not find what the first has taken away
         shutil.rmtree(folder, ignore_errors=True)
         return None
+
+
+def planted_copy(defect: str, folder: str, model: str = "pygmy") -> Path:
+    """Write a model with one planted defect into ``folder``, for a person who wants to see it explained."""
+    recipe = find(defect).recipe
+    with open_checkpoint(resolve_model(model)) as checkpoint:
+        planted = plant([recipe] if recipe else [], take_apart(checkpoint))
+    if planted is None or recipe is None:
+        raise UsageError(f"{defect} cannot be planted in a file of {model}", advice="see `apr zoo list`")
+    made, path, _ = planted
+    target = Path(folder) / path.name
+    shutil.move(path, target)
+    shutil.rmtree(made, ignore_errors=True)
+    return target
 
 
 def diagnose(path: Path, reference: Path | None, pool: Executor) -> tuple[dict[str, Any], float]:

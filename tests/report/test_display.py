@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from apr_core.diagnose.cause import Cause, Diagnosis
 from apr_core.falsify.evidence import SubjectRecord
 from apr_core.falsify.finding import Finding
 from apr_core.falsify.rounds import Round
 from apr_core.falsify.verdict import NotRun
 from apr_core.report import display
-from apr_core.report.display import show_claims, show_evidence, show_finding, show_provenance, show_whys
+from apr_core.report.display import show_claims, show_diagnosis, show_evidence, show_finding, show_provenance, show_whys
 from apr_core.report.figures import plot
 
 WHO = SubjectRecord("m.gguf", "/m.gguf", "gguf", "ab" * 32, {"Q8_0": 5}, 100, 110, "cpu")
@@ -168,3 +169,14 @@ def test_displays_never_raise(shell: Any, capsys: pytest.CaptureFixture[str]) ->
     assert "<b>" not in data["text/html"]
     assert display._figure(object()) is None
     assert "figure not drawn" in capsys.readouterr().err
+
+
+def test_a_diagnosis_shows_each_chain() -> None:
+    """Outcome and provenance first, then every cause with its table; without a cause, how far it got."""
+    cause = Cause("layout", "Is it <transposed>?", "yes", proved=True, tensors=("q",), whys=(("Is it?", "yes"),))
+    shown = show_diagnosis(Diagnosis("explained", (cause,), "damaged"))
+    assert "explained; damaged" in shown.text
+    assert "layout: q (proved by repair)" in shown.text
+    assert "<td>Is it?</td><td>yes</td>" in shown.html
+    nothing = show_diagnosis(Diagnosis("nothing to explain", steps=(("Open?", "yes"),)))
+    assert "<td>Open?</td>" in nothing.html
