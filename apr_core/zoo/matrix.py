@@ -51,6 +51,10 @@ TIMED = "30_throughput"
 # Claims about the gates themselves, on a synthetic twin: they look at nothing of the subject, so one judgement serves
 # every item of a process.
 OF_THE_GATES = frozenset({"F-BENIGN-001", "F-ADMIT-001"})
+# The only claims that look at copies, and the one of them that runs no forward of the subject: what an item cannot
+# reach is judged on the healthy file once per process.
+OF_COPIES = frozenset({"F-GT-001", "F-GT-002", "F-GT-003", "F-GT-007"})
+OF_COPIES_ALONE = "F-GT-007"
 # Free-running comparisons keep the length that `apr qa` and the notebooks use: nothing is cut for speed.
 NEW_TOKENS = 64
 LOG = "items.jsonl"
@@ -132,7 +136,7 @@ def evaluate(item: Defect | Benign, model: Path, *, claims: Sequence[str] | None
         tamper = item.tamper if isinstance(item, Defect) else None
         # planted NaN and Inf meet arithmetic that would warn about each
         with tampered(tamper) if tamper else nullcontext(), np.errstate(all="ignore"):
-            judged = _examine(path, stand, hook, wanted)
+            judged = _examine(path, stand, hook, wanted, out_of_reach(item, wanted))
         crash = next((f"{row.claim}: {row.reason}" for row in judged if row.verdict == CRASH), "")
     except NotApplicable as error:
         reason = str(error) or "nothing to damage"
@@ -142,6 +146,15 @@ def evaluate(item: Defect | Benign, model: Path, *, claims: Sequence[str] | None
         shutil.rmtree(folder, ignore_errors=True)
         gc.collect()  # a subject is part of a cycle, and its copies lie on the disk until it is collected
     return Outcome(item.id, tuple(judged), reason, crash, round(time.monotonic() - started, 4))
+
+
+def out_of_reach(item: Defect | Benign, claims: Sequence[str]) -> frozenset[str]:
+    """Choose the claims that a damaged copy or backend cannot change: they look at the healthy file without it."""
+    if item.recipe is not None:
+        return frozenset()
+    if item.hook is not None:
+        return frozenset(claims) & {OF_COPIES_ALONE}
+    return frozenset(claims) - OF_COPIES
 
 
 def plant(item: Defect | Benign, draft: Draft, folder: Path, healthy: Path) -> tuple[Path, Hook | None]:
@@ -171,9 +184,11 @@ def touched(defect: Defect, draft: Draft) -> tuple[str, ...]:
     return tuple(draft.differing(damaged))
 
 
-def _examine(path: Path, stand: Stand, hook: Hook | None, claims: Sequence[str]) -> list[Judged]:
+def _examine(
+    path: Path, stand: Stand, hook: Hook | None, claims: Sequence[str], settled: frozenset[str]
+) -> list[Judged]:
     """Ask the claims; when the contract refuses the file, ask them again behind the gate."""
-    judged, refused = _ask(path, stand, hook, claims, skip=False)
+    judged, refused = _ask(path, stand, hook, claims, settled)
     if not refused:
         return judged
     known = {row.claim for row in judged if row.verdict == Verdict.FALSIFIED}
@@ -182,7 +197,13 @@ def _examine(path: Path, stand: Stand, hook: Hook | None, claims: Sequence[str])
 
 
 def _ask(
-    path: Path, stand: Stand, hook: Hook | None, claims: Sequence[str], *, skip: bool
+    path: Path,
+    stand: Stand,
+    hook: Hook | None,
+    claims: Sequence[str],
+    settled: frozenset[str] = frozenset(),
+    *,
+    skip: bool = False,
 ) -> tuple[list[Judged], bool]:
     """Open a file and ask each claim; the second value says whether the contract refused it."""
     started = time.monotonic()
@@ -199,7 +220,8 @@ def _ask(
     except Exception as error:
         return opening(CRASH, error)
     try:
-        return [_judge(claim, subject, skip) for claim in claims], subject.refusal is not None
+        healthy = dict.fromkeys(settled, stand)
+        return [_judge(claim, subject, skip, healthy.get(claim)) for claim in claims], subject.refusal is not None
     finally:
         subject.close()
 
@@ -225,12 +247,26 @@ def _judged_gates(claim: str, reference: Subject) -> tuple[str, str]:
     return str(verdict), reason
 
 
-def _judge(claim: str, subject: Subject, behind: bool) -> Judged:
+@cache
+def _untouched(stand: Stand) -> Subject:
+    """The healthy file, opened once per process for what no item can reach."""
+    return _open(stand.again, stand, None, skip=False)
+
+
+@cache
+def _judged_untouched(claim: str, stand: Stand) -> tuple[str, str]:
+    verdict, reason = ACTS[claim](_untouched(stand)).judge()
+    return str(verdict), reason
+
+
+def _judge(claim: str, subject: Subject, behind: bool, settled: Stand | None = None) -> Judged:
     """Ask one claim. A typed error decides nothing, as in `apr qa`; any other is the claim's own failure."""
     started = time.monotonic()
     try:
         if claim in OF_THE_GATES and subject.reference is not None:
             verdict, reason = _judged_gates(claim, subject.reference)
+        elif settled is not None:
+            verdict, reason = _judged_untouched(claim, settled)
         else:
             found, reason = ACTS[claim](subject).judge(bypassed=subject.admission.bypassed)
             verdict = str(found)

@@ -103,6 +103,32 @@ def test_an_invisible_fault_needs_the_reference(twin):
     assert not any(claim.startswith("F-DATA") for claim in found)
 
 
+def test_what_an_item_cannot_reach_is_known(pygmy):
+    """Every claim of the healthy model: which looks at a copy, and that F-GT-007 runs no forward of the subject."""
+    stand, looked, ran = matrix.stand_for(pygmy), set(), set()
+    subject = matrix._open(stand.again, stand, lambda *_: ran.add(claim), skip=False)
+    with matrix.tampered(lambda path: looked.add(claim)):
+        # the others first: a copy that is there already would be looked at unseen
+        for claim in sorted(matrix.claims_for(WRITTEN), key=lambda c: (c in matrix.OF_COPIES, c)):
+            matrix._judge(claim, subject, False)
+    subject.close()
+
+    assert looked <= matrix.OF_COPIES
+    assert matrix.OF_COPIES_ALONE in looked
+    assert matrix.OF_COPIES_ALONE not in ran
+    assert {"F-GT-006", "F-GT-002", "F-PAR-001"} <= ran
+
+
+@pytest.mark.parametrize("item", [WRITTEN, SHIFTED], ids=lambda item: item.id)
+def test_what_an_item_cannot_reach_is_judged_once(item, twin, monkeypatch):
+    """The verdicts are those of asking again."""
+    shared = matrix.evaluate(item, twin, claims=(*FEW, "F-GT-007"))
+    monkeypatch.setattr(matrix, "out_of_reach", lambda *_: frozenset())
+    asked = matrix.evaluate(item, twin, claims=(*FEW, "F-GT-007"))
+
+    assert [replace(j, seconds=0) for j in shared.judged] == [replace(j, seconds=0) for j in asked.judged]
+
+
 def test_a_backend_fault_is_planted_through_the_seam(twin):
     """A cache that shifts logits is seen by the claim about the cache, not by the gates."""
     found = killers(SHIFTED, twin)
