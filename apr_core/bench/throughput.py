@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from apr_core.bench.timing import Clock, Samples
 from apr_core.errors import UsageError
 from apr_core.model.trace import TracedForward, last_logits
-from apr_core.parity.tolerances import decisive_margin, forward_limit
+from apr_core.parity.tolerances import AIM, decisive_margin
 
 AGREEMENT = 0.1
 """Two warm-up runs agree when they differ by at most this share."""
@@ -273,7 +273,7 @@ def couple(
         moved: How far, in nat, a sound candidate's logits may be from the reference's beyond float32 (0 for float32).
             A token is right when the reference puts it within three times that of its own choice: two logits may each
             move so far, and other prompts somewhat further.
-        limit: What float32 may cost this model in rel_l2; None for the limit of F-PAR-001.
+        limit: What float32 may cost this model in rel_l2; None for the aim, 1e-5.
 
     Returns:
         The steps whose token is wrong, and how many were compared. Nothing produced compares nothing.
@@ -283,7 +283,7 @@ def couple(
     made = np.asarray(tokens, np.int64)
     logits = reference.forward(np.concatenate([prompt, made[:-1]]))[prompt.size - 1 :]
     regret = logits.max(axis=1) - logits[np.arange(made.size), made]
-    slack = np.maximum(decisive_margin(logits, forward_limit() if limit is None else limit), 3 * moved)
+    slack = np.maximum(decisive_margin(logits, AIM if limit is None else limit), 3 * moved)
     return [int(step) for step in np.flatnonzero(~(regret <= slack))], int(made.size)
 
 

@@ -254,7 +254,7 @@ def pair_body(pair: Pair) -> dict[str, Any]:
     report = pair.report
     basis = "same weights, held to the noise floor" if pair.same_weights else ""
     if pair.yardstick is not None:
-        basis = pair.yardstick.limit().source
+        basis = pair.yardstick.source
     return {
         "verdict": str(pair.verdict),
         "reason": pair.reason,
@@ -262,8 +262,8 @@ def pair_body(pair: Pair) -> dict[str, Any]:
         "same_weights": pair.same_weights,
         "basis": basis,
         "reference_is_b": pair.turned,
-        "kl_over_limit": list(pair.ratio) if pair.ratio else None,
-        "nmse_over_limit": list(pair.nmse_ratio) if pair.nmse_ratio else None,
+        "kl_over_limit": list(pair.ratios["kl"]) if pair.ratios else None,
+        "nmse_over_limit": list(pair.ratios["nmse"]) if pair.ratios else None,
         "positions": report.positions if report else 0,
         "compared": report.compared if report else 0,
         "expected": report.expected if report else 0,

@@ -314,13 +314,13 @@ def _batched(exam: Examination) -> Outcome:
 
 def batched_equals_single(model: TracedForward, ids: Any) -> Outcome:
     """Hold the logits of one forward over all tokens against those of one token at a time through the cache."""
-    from apr_core.parity.tolerances import forward_limit
+    from apr_core.parity.tolerances import AIM
 
     whole, cache = model.forward(ids).astype(np.float64), model.new_cache()
     steps = np.concatenate([model.forward(ids[k : k + 1], cache) for k in range(len(ids))]).astype(np.float64)
     norms = np.linalg.norm(whole, axis=1)
     worst = float(np.max(np.linalg.norm(whole - steps, axis=1) / norms))  # np.max keeps a NaN
-    limit = forward_limit()
+    limit = AIM
     said = f"rel_l2 {worst:.2g} between a batch and single tokens, at most {limit:g}"
     return Outcome(worst <= limit, said, worst, limit, len(ids), len(ids))
 

@@ -5,31 +5,34 @@ It shares with the reference the configuration, the names of a trace and the tok
 loop over heads and positions instead of batched products, a rotation of complex numbers instead of two real products,
 one growing array per head instead of a stacked cache. Slow on purpose; a mistake has to be made twice to go unseen.
 
-Exactness: float64 arithmetic on the float32 values that the stored types decode to.
+Exactness: float64 arithmetic on the float32 values that the stored types decode to. In float32 it is the yardstick of
+    rounding: how far honest float32 arithmetic lies from it, in this code and not in the code that is judged.
 Cost: every tensor is decoded when it is used, each time; beyond the cache it holds one tensor in float32, and the rows
     that are being multiplied in float64.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from apr_core.contract.types import Validated, ValidatedModel
 from apr_core.model.config import Qwen2Config
 from apr_core.model.tokens import Tokenizer
 from apr_core.model.trace import Trace
 
-F64 = NDArray[np.float64]
+F64 = NDArray[np.float64]  # float32 where the forward was asked for that
 _ROWS = 8192  # rows of a matrix that are in float64 at a time
 
 
 class PlainCache:
-    """Per layer and key-value head: rotated keys and values, float64 [length, head_dim]."""
+    """Per layer and key-value head: rotated keys and values, [length, head_dim] in the precision of the forward."""
 
-    def __init__(self, config: Qwen2Config, start: int = 0) -> None:
+    def __init__(self, config: Qwen2Config, start: int = 0, dtype: DTypeLike = np.float64) -> None:
         self.start = self.length = start  # positions before ``start`` are counted and not held
-        empty = np.empty((0, config.head_dim))
+        empty = np.empty((0, config.head_dim), dtype)
         grid = [[empty] * config.num_key_value_heads for _ in range(config.num_hidden_layers)]
         self.keys, self.values = grid, [list(row) for row in grid]
 
@@ -41,6 +44,8 @@ class PlainQwen2:
     Args:
         validated: The admitted weights and their configuration.
         tokenizer: The model's own, when it has one.
+        dtype: Precision of every step; the angles of RoPE are float64 in any.
+        order: Seed of another order in which the terms of each product are summed; None for theirs.
 
     Raises:
         LoadError: The configuration asks for arithmetic that is not written here.
@@ -49,7 +54,14 @@ class PlainQwen2:
     backend = "plain"
     device = "cpu"
 
-    def __init__(self, validated: ValidatedModel, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        validated: ValidatedModel,
+        tokenizer: Tokenizer | None = None,
+        dtype: DTypeLike = np.float64,
+        order: int | None = None,
+    ) -> None:
+        self._dtype, self._order = dtype, order
         self.config = Qwen2Config.of(validated)
         self.tokenizer = tokenizer
         self.bypassed = validated.bypassed
@@ -57,7 +69,7 @@ class PlainQwen2:
 
     def new_cache(self, start: int = 0) -> PlainCache:
         """Return an empty cache whose first token stands at position ``start``."""
-        return PlainCache(self.config, start)
+        return PlainCache(self.config, start, self._dtype)
 
     def forward(
         self, ids: NDArray[np.int64], cache: PlainCache | None = None, trace: Trace | None = None
@@ -68,9 +80,9 @@ class PlainQwen2:
         Raises:
             InferenceError: An id outside the vocabulary, nothing to compute, or more positions than the model has.
         """
-        state = PlainCache(self.config) if cache is None else cache
+        state = self.new_cache() if cache is None else cache
         ids = self.config.check_input(ids, state.length)
-        hidden = self._tensors["model.embed_tokens.weight"].values()[ids].astype(np.float64)
+        hidden = self._tensors["model.embed_tokens.weight"].values()[ids].astype(self._dtype)
         seen: dict[str, F64] = {}
         for layer in range(self.config.num_hidden_layers):
             hidden = hidden + self._attend(layer, self._normed(hidden, layer, "input_layernorm"), state, seen)
@@ -117,7 +129,7 @@ class PlainQwen2:
         out = np.empty_like(q)
         for row in range(len(q)):
             visible = len(keys) - len(q) + row + 1
-            similarity = keys[:visible] @ q[row] / np.sqrt(q.shape[1])
+            similarity = keys[:visible] @ q[row] / math.sqrt(q.shape[1])
             share = np.exp(similarity - similarity.max())
             out[row] = share @ values[:visible] / share.sum()
         return out
@@ -127,7 +139,8 @@ class PlainQwen2:
         half = x.shape[1] // 2
         speed = np.array([self.config.rope_theta ** (-2 * i / x.shape[1]) for i in range(half)])
         position = np.arange(start, start + x.shape[0])
-        turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * position[:, None] * speed[None, :])
+        turn = np.exp(1j * position[:, None] * speed[None, :])
+        turned = (x[:, :half] + 1j * x[:, half:]) * turn.astype(np.result_type(x, np.complex64))
         return np.hstack([turned.real, turned.imag])
 
     def _feed(self, layer: int, x: F64) -> F64:
@@ -143,24 +156,25 @@ class PlainQwen2:
     def _rms(self, x: F64, name: str) -> F64:
         """Divide each row by its root mean square and multiply by the gain ``name``."""
         size = np.sqrt((x * x).sum(axis=1) / x.shape[1] + self.config.rms_norm_eps)
-        scaled: F64 = x / size[:, None] * self._tensors[name].values().astype(np.float64)
+        scaled: F64 = x / size[:, None] * self._tensors[name].values().astype(x.dtype)
         return scaled
 
     def _logits(self, x: F64) -> F64:
-        return _product(x, self._head)
+        return _product(x, self._head, self._order)
 
     def _times(self, x: F64, name: str) -> F64:
         """Apply the projection ``name`` to each row of ``x``, its bias included when it has one."""
-        out = _product(x, self._tensors[f"{name}.weight"])
+        out = _product(x, self._tensors[f"{name}.weight"], self._order)
         if f"{name}.bias" in self._tensors:
             out += self._tensors[f"{name}.bias"].values()
         return out
 
 
-def _product(x: F64, weight: Validated) -> F64:
-    """Multiply each row of ``x`` with each row of a matrix in its natural layout, [out, in]."""
+def _product(x: F64, weight: Validated, order: int | None) -> F64:
+    """Multiply each row of ``x`` with each row of a matrix in its natural layout, [out, in], in the precision of x."""
     rows = weight.values()
-    out = np.empty((x.shape[0], rows.shape[0]))
+    terms = slice(None) if order is None else np.random.default_rng(order).permutation(x.shape[1])
+    x, out = x[:, terms], np.empty((x.shape[0], rows.shape[0]), x.dtype)
     for at in range(0, rows.shape[0], _ROWS):
-        out[:, at : at + _ROWS] = x @ rows[at : at + _ROWS].astype(np.float64).T
+        out[:, at : at + _ROWS] = x @ rows[at : at + _ROWS, terms].astype(x.dtype, copy=False).T
     return out

@@ -18,6 +18,9 @@ import numpy as np
 from apr_core.formats.architectures import LAYER, find_role, load_architectures, load_roles
 from apr_core.formats.checkpoint import TensorInfo
 
+# Who encoded the block types of a GGUF or APR file, where its writer says so.
+ENCODER = "apr.encoder"
+
 _GGUF_LAYER = re.compile(r"(?<=^blk\.)(0|[1-9][0-9]{0,8})(?=\.)")
 
 # GGUF key (behind the architecture) to Hugging Face key, and the type that llama.cpp insists on.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apr_core.engines.cuda import attest
-from apr_core.engines.load import load_model, load_plain
+from apr_core.engines.load import load_model
 from apr_core.engines.subject import Subject
 from apr_core.falsify.claims import load_claims
 from apr_core.falsify.finding import Finding, act
@@ -21,17 +21,9 @@ from apr_core.model.trace import Trace, TracedForward, mandatory_names
 from apr_core.parity import explain
 from apr_core.parity.compare import LOGITS, ParityReport, compare
 from apr_core.parity.distribution import DistributionParity, top_margin
-from apr_core.parity.floor import path
-from apr_core.parity.noise import one_rounding, trace_copy, with_noise
+from apr_core.parity.floor import FACTOR, Floor, honest_floor, path
 from apr_core.parity.pair import Yardstick, incomparable, yardstick
-from apr_core.parity.tolerances import (
-    AMPLIFIED,
-    QUANTISED_TAU,
-    conditioned_limit,
-    decisive_margin,
-    flip_budget,
-    forward_limit,
-)
+from apr_core.parity.tolerances import CONTRACT, QUANTISED_TAU, allowed, decisive_margin, flip_budget
 
 # One token at position 0 sees no RoPE, no mask, no second key and no cache; 64 positions see all of them.
 POSITIONS = 96
@@ -80,7 +72,7 @@ def _once(subject: Subject, key: str, measure: Callable[[Subject], T]) -> T:
 def same_logits(subject: Subject) -> Finding:
     """Hold the torch forward's logits against those of an independent numpy forward in float64."""
     report = _once(subject, "forwards", _two_forwards).only(LOGITS)
-    return _rel_l2_finding(subject, "F-PAR-001", report, "numpy in float64", _same_sides(subject))
+    return _rel_l2_finding(subject, report, "numpy in float64", _same_sides(subject))
 
 
 @act("F-PAR-002")
@@ -88,14 +80,14 @@ def same_layers(subject: Subject) -> Finding:
     """Hold every traced activation of the torch forward against the independent one."""
     report = _once(subject, "forwards", _two_forwards)
     report = report.only(*(name for name in report.wanted if name != LOGITS))
-    return _rel_l2_finding(subject, "F-PAR-002", report, "numpy in float64", _same_sides(subject))
+    return _rel_l2_finding(subject, report, "numpy in float64", _same_sides(subject))
 
 
 @act("F-PAR-003")
 def cached_equals_prefill(subject: Subject) -> Finding:
     """Decode the stimulus token by token through the cache, teacher-forced, against one prefill of all of it."""
     report = _once(subject, "decode", _decode_against_prefill)
-    return _rel_l2_finding(subject, "F-PAR-003", report, f"{subject.model.backend}, one prefill")
+    return _rel_l2_finding(subject, report, f"{subject.model.backend}, one prefill")
 
 
 @act("F-PAR-004")
@@ -127,8 +119,6 @@ def same_top_token(subject: Subject) -> Finding:
     logits = report.logits
     if logits is None:
         return _nothing(report)
-    if logits.decisive_flips:
-        logits = replace(logits, tau=logits.tau * (decision_limit(subject) / forward_limit()))
     decisive = int(logits.decisive.sum())
     return Finding(
         value=logits.top1_agreement,
@@ -157,9 +147,7 @@ def same_greedy_path(subject: Subject) -> Finding:
     steps = max(0, min(subject.max_new_tokens, subject.model.config.max_position_embeddings - prompt.size))
     path, nonfinite = _greedy(subject.model, prompt, steps)
     wanted = _replay(subject.plain, prompt, path)
-    differs, margins, taus = wanted.argmax(axis=1) != path, top_margin(wanted), decisive_margin(wanted, forward_limit())
-    if (differs & ~(margins <= taus)).any():
-        taus = decisive_margin(wanted, decision_limit(subject))
+    differs, margins, taus = wanted.argmax(axis=1) != path, top_margin(wanted), _near_tie(subject, wanted)
     rows: list[dict[str, object]] = [
         {
             "step": int(step),
@@ -210,31 +198,23 @@ def tracing_changes_nothing(subject: Subject) -> Finding:
 
 @act("F-PAR-008")
 def distribution_of_reference(subject: Subject) -> Finding:
-    """Hold the mean KL to the reference against what rounding to the subject's types costs this very model."""
+    """Hold mean KL and NMSE to the reference against what rounding to the subject's types costs this very model."""
     pair = _once(subject, "reference", _against_reference)
     if isinstance(pair, str):
         return Finding(None, 0, BUDGET_POSITIONS, inconclusive=pair)
-    budget = pair.measure.limit()
-    ratio, low, high = pair.measure.ratio(pair.found)
+    measure, ratios = pair.measure, pair.measure.ratios(pair.subject)
     # the bound decides where our encoder wrote the yardstick; noise in its place is wide enough as it is
-    value = ratio if pair.measure.unwritten else low
-    distance = (
-        f"mean KL {pair.found.kl_mean:.3g} nat, {ratio:.3g} times the limit (95 % interval {low:.3g} to {high:.3g}); "
-        f"the limit is {budget.limit:.3g}, {budget.source}"
-    )
+    value = max(ratio if measure.unwritten else low for ratio, low, _ in ratios.values())
     return Finding(
         value=value,
         compared=pair.found.kl.size,
         expected=pair.subject.positions,
         nonfinite=pair.subject.only(LOGITS).nonfinite,
-        rows=[
-            {"name": "kl_mean", "subject": pair.found.kl_mean, "copy": pair.price.kl_mean, "limit": budget.limit},
-            *explain.budget_rows(pair.subject, pair.copy),
-        ],
+        rows=[*measure.rows(pair.subject), *explain.budget_rows(pair.subject, pair.copy)],
         arrays={**explain.distribution_arrays(pair.found), "kl_copy": pair.price.kl},
-        whys=[("How far is it?", distance), *_why_dear(pair)] if not value <= 1 else (),
+        whys=[("How far is it?", measure.said(pair.subject)), *_why_dear(pair)] if not value <= 1 else (),
         reference=str(_reference(subject).path),
-        noise_floor=pair.price.kl_mean / budget.limit,
+        noise_floor=1 / measure.factor,
     )
 
 
@@ -271,25 +251,49 @@ def top_token_of_reference(subject: Subject) -> Finding:
 @act("F-PAR-010")
 def cuda_equals_cpu(subject: Subject) -> Finding:
     """Hold every traced activation of the CUDA forward against the CPU's."""
-    cuda, ids = load_model(subject.path, device="cuda"), _stimulus(subject, POSITIONS)
-    report = _trace_both(subject.model, cuda, ids)
+    cuda = load_model(subject.path, device="cuda")
+    report = _trace_both(subject, subject.model, cuda)
     # An engine that fell back in silence would agree with itself.
     weights = sum(4 * prod(t.shape) for t in subject.admission.require().tensors.values())
-    doubt = attest(cuda, ids, weights).doubt
-    return _rel_l2_finding(subject, "F-PAR-010", report, "the same model on the CPU", doubt)
+    doubt = attest(cuda, _stimulus(subject, POSITIONS), weights).doubt
+    return _rel_l2_finding(subject, report, "the same model on the CPU", doubt)
+
+
+def floor(subject: Subject) -> Floor:
+    """
+    How far honest float32 arithmetic lies from float64 on this model, name by name: the source of the limits.
+
+    The numpy forward measures it, in four orders of summation: neither the torch forward that is judged, nor CUDA.
+    """
+    return _once(subject, "floor", _honest_floor)
+
+
+def _honest_floor(subject: Subject) -> Floor:
+    ids = _stimulus(subject, POSITIONS)
+    return honest_floor(subject.admission.require(), path(ids, ids.size))
+
+
+def decision_limit(subject: Subject) -> float:
+    """Limit on rel_l2 of the logits beyond which a forward of this subject is wrong and not merely rounded."""
+    return allowed(floor(subject).limits[LOGITS])
+
+
+def _near_tie(subject: Subject, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Margins that rounding can overturn, per row."""
+    return decisive_margin(logits, decision_limit(subject))
 
 
 def _two_forwards(subject: Subject) -> ParityReport:
-    return _trace_both(subject.plain, subject.model, _stimulus(subject, POSITIONS))
+    return _trace_both(subject, subject.plain, subject.model)
 
 
-def _trace_both(reference: TracedForward, candidate: TracedForward, ids: NDArray[np.int64]) -> ParityReport:
+def _trace_both(subject: Subject, reference: TracedForward, candidate: TracedForward) -> ParityReport:
     """Trace both forwards; near-ties are what the limit of F-PAR-001 lets rounding overturn."""
-    traces = Trace(), Trace()
+    ids, traces = _stimulus(subject, POSITIONS), (Trace(), Trace())
     logits = reference.forward(ids, trace=traces[0])
     candidate.forward(ids, trace=traces[1])
     names = mandatory_names(reference.config.num_hidden_layers)
-    return compare(*traces, expect=names, tau=decisive_margin(logits, forward_limit()))
+    return compare(*traces, expect=names, tau=_near_tie(subject, logits)).only(*names)
 
 
 def _decode_against_prefill(subject: Subject) -> ParityReport:
@@ -298,8 +302,7 @@ def _decode_against_prefill(subject: Subject) -> ParityReport:
     cache = model.new_cache()
     steps = [model.forward(ids[:PROMPT], cache)]
     steps += [model.forward(ids[at : at + 1], cache) for at in range(PROMPT, ids.size)]
-    tau = decisive_margin(whole, forward_limit())
-    return compare({LOGITS: whole}, {LOGITS: np.concatenate(steps)}, expect=(LOGITS,), tau=tau)
+    return compare({LOGITS: whole}, {LOGITS: np.concatenate(steps)}, expect=(LOGITS,), tau=_near_tie(subject, whole))
 
 
 def _greedy(model: TracedForward, prompt: NDArray[np.int64], steps: int) -> tuple[NDArray[np.int64], int]:
@@ -357,72 +360,44 @@ def _why_dear(pair: AgainstReference) -> list[tuple[str, str]]:
     return explain.why_over_budget(pair.subject, pair.copy)
 
 
-def _rel_l2_finding(
-    subject: Subject, claim: str, report: ParityReport, reference: str, inconclusive: str = ""
-) -> Finding:
-    """Turn a report into a finding whose value is the largest ``rel_l2`` of any row."""
-    limit, value = load_claims()[claim].threshold, report.required_tolerance
-    whys = explain.why_rel_l2(report, limit)
-    moved = conditioning(subject) if whys and not report.nonfinite else None
-    if moved is not None:
-        whys.append(("How far does one float32 rounding of the weights move the exact answer?", f"rel_l2 {moved:.2g}"))
+def _rel_l2_finding(subject: Subject, report: ParityReport, reference: str, inconclusive: str = "") -> Finding:
+    """Turn a report into a finding whose value is the largest ``rel_l2`` of any row over the limit of its name."""
+    measured = floor(subject)
+    limits = measured.limits
+    whys = explain.why_rel_l2(report, limits)
+    if whys and not report.nonfinite:
+        whys.append(("How far is honest float32 from float64 here?", explain.floor_line(measured, report)))
     return Finding(
-        value=value,
+        value=report.over(limits),
         compared=report.compared,
         expected=report.expected,
         nonfinite=report.nonfinite,
         missing=report.missing,
         detail=f"{len(report.names)} names at {report.positions} positions" if len(report.names) > 1 else "",
-        rows=explain.table(report),
-        arrays=explain.rel_l2_arrays(report),
+        rows=explain.table(report, measured),
+        arrays=explain.rel_l2_arrays(report, limits),
         whys=whys,
         reference=reference,
-        noise_floor=_noise(subject) if moved is None and claim != "F-PAR-003" else moved,
-        inconclusive=inconclusive or _worthless(report) or _undecidable(value, limit, moved),
+        noise_floor=1 / FACTOR,
+        inconclusive=inconclusive or _worthless(report) or _undecidable(report, limits),
     )
 
 
-def conditioning(subject: Subject) -> float:
+def _undecidable(report: ParityReport, limits: Mapping[str, float]) -> str:
     """
-    How far the exact answer moves, in rel_l2, when each weight moves by one float32 rounding.
+    Say that float32 itself is beyond the contract on this model, and explains what was measured; or nothing.
 
-    Large key biases make it large (scores of thousands turn a rounding into another softmax), so a healthy float32
-    forward of such a model may miss a limit that fits every other. Measured once, and only where a limit is missed.
+    Large key biases do it: scores of thousands turn a rounding into another softmax.
     """
-    return _once(subject, "conditioning", _move_weights).required_tolerance
-
-
-def _move_weights(subject: Subject) -> ParityReport:
-    ids, exact = _stimulus(subject, POSITIONS), Trace()
-    subject.plain.forward(ids, trace=exact)
-    return compare(exact, _nudged(subject, ids))
-
-
-def _nudged(subject: Subject, ids: NDArray[np.int64]) -> Trace:
-    change = with_noise(one_rounding, subject.seed)
-    return trace_copy(subject.admission.require(), change, load_plain, path(ids, ids.size))
-
-
-def _undecidable(value: float, limit: float, moved: float | None) -> str:
-    """Say that rounding alone explains a missed limit, or nothing."""
-    if moved is None or not value <= conditioned_limit(moved).limit:
+    within = all(n.required_tolerance <= allowed(limits[n.name]) for n in report.names.values())
+    if not within or not report.required_tolerance > CONTRACT:
         return ""
-    times = f"{AMPLIFIED:g} times what one float32 rounding of the weights does ({moved:.1g})"
-    return f"float32 cannot decide at {limit:g}: rel_l2 {value:.1g} is within {times}"
+    found = f"rel_l2 {report.required_tolerance:.1g} is what rounding alone can do to this model"
+    return f"float32 cannot decide at {CONTRACT:g}: {found}"
 
 
 def _nothing(report: ParityReport) -> Finding:
     return Finding(None, 0, report.expected, missing=report.missing, inconclusive="; ".join(report.missing))
-
-
-def _noise(subject: Subject) -> float:
-    """How far the torch forward is from itself when the same sums are done in other shapes."""
-    return _once(subject, "decode", _decode_against_prefill).required_tolerance
-
-
-def decision_limit(subject: Subject) -> float:
-    """Limit on rel_l2 beyond which a forward of this subject is wrong and not merely rounded; measures conditioning."""
-    return conditioned_limit(conditioning(subject)).limit
 
 
 def _same_sides(subject: Subject) -> str:

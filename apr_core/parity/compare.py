@@ -143,6 +143,10 @@ class ParityReport:
         """The smallest limit on ``rel_l2`` that every row meets; NaN when nothing was compared."""
         return max((n.required_tolerance for n in self.names.values()), default=math.nan)
 
+    def over(self, limits: Mapping[str, float]) -> float:
+        """Return the largest ``rel_l2`` over the limit of its name; NaN when nothing was compared."""
+        return max((n.required_tolerance / limits[n.name] for n in self.names.values()), default=math.nan)
+
     def only(self, *names: str) -> ParityReport:
         """Return the part of the report that speaks about these names; coverage is cut to them too."""
         return ParityReport(

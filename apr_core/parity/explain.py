@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from apr_core.parity.compare import NameParity, ParityReport
 from apr_core.parity.distribution import DistributionParity
+from apr_core.parity.floor import Floor
 
 Row = dict[str, object]
 Whys = list[tuple[str, str]]
@@ -20,9 +22,11 @@ _MAX_ROWS = 100
 _FURTHER = 4.0
 
 
-def table(report: ParityReport) -> list[Row]:
-    """One row per name; in a deep model one row per layer, for its worst name."""
-    rows = report.table()
+def table(report: ParityReport, floor: Floor) -> list[Row]:
+    """One row per name with its floor and limit; in a deep model one row per layer, for its worst name."""
+    rows = [
+        row | {"floor": floor.of(str(row["name"])), "limit": floor.limits[str(row["name"])]} for row in report.table()
+    ]
     if len(rows) <= _MAX_ROWS:
         return rows
     worst: dict[object, NameParity] = {}
@@ -34,14 +38,15 @@ def table(report: ParityReport) -> list[Row]:
     return [row for row in rows if row["name"] in chosen]
 
 
-def rel_l2_arrays(report: ParityReport) -> dict[str, NDArray[Any]]:
-    """``rel_l2`` [names, positions] with its two axes."""
+def rel_l2_arrays(report: ParityReport, limits: Mapping[str, float]) -> dict[str, NDArray[Any]]:
+    """``rel_l2`` [names, positions] with its two axes, and the limit of each name."""
     if not report.names:
         return {}
     return {
         "position": np.arange(report.positions),
         "name": np.array(list(report.names)),
         "rel_l2": np.stack([n.rel_l2 for n in report.names.values()]),
+        "limit": np.array([limits[name] for name in report.names]),
     }
 
 
@@ -76,14 +81,20 @@ def flip_arrays(logits: DistributionParity) -> dict[str, NDArray[Any]]:
     return {"margin": logits.margin, "tau": logits.tau, "flipped": logits.flipped}
 
 
-def why_rel_l2(report: ParityReport, limit: float) -> Whys:
+def floor_line(floor: Floor, report: ParityReport) -> str:
+    """Say what honest rounding does to the name that is furthest beyond its limit."""
+    worst = max(report.names.values(), key=lambda n: n.required_tolerance / floor.limits[n.name])
+    return f"rel_l2 {floor.of(worst.name):.2g} for {worst.name}, so its limit is {floor.limits[worst.name]:.2g}"
+
+
+def why_rel_l2(report: ParityReport, limits: Mapping[str, float]) -> Whys:
     """Answer where two forwards part, over how much, in which way, and what limit would have held."""
-    first = report.first_divergence(limit)
+    first = report.first_divergence(limits)
     if first is None:
         return []
     parity = report.names[first.name]
-    beyond = ~(parity.rel_l2 <= limit)
-    broken = sum(not n.required_tolerance <= limit for n in report.names.values())
+    beyond = ~(parity.rel_l2 <= limits[first.name])
+    broken = sum(not n.required_tolerance <= limits[n.name] for n in report.names.values())
     worst = max(report.names.values(), key=lambda n: n.required_tolerance)
     zero = "beyond it" if beyond[0] else "within it, where RoPE is the identity and attention sees one key"
     direction = _direction(float(parity.cosine[first.position]), first.rel_l2)
@@ -91,7 +102,7 @@ def why_rel_l2(report: ParityReport, limit: float) -> Whys:
         ("Where does it first differ?", str(first)),
         ("At every position?", f"{beyond.sum()} of {beyond.size} positions of {first.name}; position 0 is {zero}"),
         ("A wrong size or a wrong direction?", direction),
-        ("Does it spread?", f"{broken} of {len(report.names)} names are beyond the limit"),
+        ("Does it spread?", f"{broken} of {len(report.names)} names are beyond their limits"),
         ("Which limit would hold?", f"{report.required_tolerance:.2g}, for {worst.name} at position {worst.worst}"),
     ]
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apr_core.contract.types import ValidatedModel
+from apr_core.engines.plain import PlainQwen2
 from apr_core.model.generate import follow
 from apr_core.model.linear import Place, Weights
 from apr_core.model.qwen2 import Qwen2
@@ -28,6 +29,8 @@ from apr_core.parity.compare import compare
 # Two roundings of one forward were at most 2.3 times as far apart as the floor (decision 0012); 4 leaves room for one
 # more order of summation. Every planted fault of tests/parity/test_faults.py lies beyond it.
 FACTOR = 4.0
+# Orders in which honest float32 sums the terms of a product: theirs, and three drawn ones.
+ORDERS = (None, 1, 2, 3)
 # One unit in the last place of each value of a row; below it no float32 row can be told from another.
 LEAST = 2.0**-23
 BLOCK = 32
@@ -118,6 +121,21 @@ def noise_floor(validated: ValidatedModel, run: Run, precision: str = "exact") -
     with _threads(2 if torch.get_num_threads() == 1 else 1) as count:
         measured[f"{count} threads" if count > 1 else "1 thread"] = _distance(truth, run(reference))
     return Floor(measured)
+
+
+def honest_floor(validated: ValidatedModel, run: Run) -> Floor:
+    """
+    Measure how far float32 is from float64 in the independent numpy forward, which no claim judges.
+
+    The floor of `noise_floor` is the torch forward's own: it would excuse a torch forward that rounds too much.
+
+    Cost: five numpy forwards.
+    """
+    truth = run(PlainQwen2(validated))
+    names = {order: "float32" if order is None else f"float32, order of sums {order}" for order in ORDERS}
+    return Floor(
+        {name: _distance(truth, run(PlainQwen2(validated, None, np.float32, at))) for at, name in names.items()}
+    )
 
 
 def path(ids: NDArray[np.int64], prompt: int, start: int = 0) -> Run:

@@ -2,9 +2,7 @@
 A model copied with rounded weights, and run: what honest rounding does to this very model.
 
 A copy that our own encoder rounds to the types of a file is the yardstick of that file; where we do not write a type,
-noise of its size stands in. Noise of one float32 rounding, run in
-float64, gives the conditioning: how far the exact answer moves when each weight moves by less than float32 can say. No
-float32 forward can be expected to come closer than a small multiple of it.
+noise of its size stands in.
 """
 
 from __future__ import annotations
@@ -25,8 +23,6 @@ from apr_core.formats.safetensors import write_safetensors
 from apr_core.model.trace import Trace, TracedForward
 from apr_core.parity.tolerances import F32, noisy, rounding_error
 
-ONE_ROUNDING = 2.0**-24
-
 # Relative root mean square error by name and values of a tensor.
 ErrorOf = Callable[[str, F32], float]
 # (number, name, values) of a tensor -> the copy's values
@@ -45,11 +41,6 @@ def rounding_of(subject: Checkpoint) -> ErrorOf:
         return 0.0 if info is None else rounding_error(info.dtype, values)
 
     return error_of
-
-
-def one_rounding(name: str, values: F32) -> float:
-    """Return the error of one float32 rounding, for every tensor."""
-    return ONE_ROUNDING
 
 
 def with_noise(error_of: ErrorOf, seed: int) -> Change:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from apr_core.engines.load import load_model
 from apr_core.engines.subject import Subject
 from apr_core.falsify.verdict import Verdict
+from apr_core.formats import names
 from apr_core.formats.checkpoint import Checkpoint
 from apr_core.model.generate import follow
 from apr_core.model.trace import Trace, mandatory_names
@@ -24,13 +25,19 @@ from apr_core.parity.compare import LOGITS, ParityReport, compare
 from apr_core.parity.distribution import F64, DistributionParity, resampled
 from apr_core.parity.floor import noise_floor, path
 from apr_core.parity.noise import rounded_like, trace_copy
-from apr_core.parity.tolerances import FACTOR, KL_CAP, KL_FLOOR, QUANTISED_TAU, YARDSTICK, Tolerance, decisive_margin
+from apr_core.parity.tolerances import (
+    FACTOR,
+    KL_CAP,
+    KL_FLOOR,
+    NMSE_CAP,
+    NMSE_FLOOR,
+    QUANTISED_TAU,
+    YARDSTICK,
+    decisive_margin,
+)
 
 Ids = NDArray[np.int64]
-# A cost over its limit, and the bounds of its 95 % interval.
-Ratio = tuple[float, float, float]
-# The square of what F-PAR-001 allows the same weights; and the corrupt band of peers.md E5.
-NMSE_FLOOR, NMSE_CAP = 1e-10, 0.5
+ENCODED = "the plain numpy reference of our encoder (decision 0013)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,55 +47,79 @@ class Yardstick:
 
     Attributes:
         report: The rounded copy against the reference.
+        writer: What the file names as its encoder, or nothing. Ours is held to the same plain numpy reference, never
+            to the compiled code that wrote the file.
         unwritten: Types that our encoder does not write: their tensors carry noise instead, and the limit is wider.
     """
 
     report: ParityReport
     unwritten: tuple[str, ...]
+    writer: str = ""
 
     @property
     def factor(self) -> float:
         """How many times the yardstick's KL a file may cost."""
         return FACTOR if self.unwritten else YARDSTICK
 
-    def limit(self) -> Tolerance:
-        """Limit on the mean KL, nat."""
-        if self.report.logits is None:
-            return Tolerance(0.0, "the copy has no logits")
-        limit = min(KL_CAP, max(KL_FLOOR, self.factor * self.report.logits.kl_mean))
-        return Tolerance(limit, f"{self.factor:g} x the mean KL of {self.made}")
-
     @property
-    def made(self) -> str:
-        """What the copy is."""
-        by = f"noise for {', '.join(self.unwritten)} (decision 0003)" if self.unwritten else "our encoder (0013)"
-        return f"the reference rounded to the same types by {by}"
+    def source(self) -> str:
+        """Where the limits come from."""
+        made = f"noise for {', '.join(self.unwritten)} (decision 0003)" if self.unwritten else ENCODED
+        if not self.unwritten and self.writer == "apr_core":
+            made = f"{ENCODED}, which the file names as its writer"
+        return f"{self.factor:g} x the mean KL and NMSE of the reference rounded to the same types by {made}"
 
-    def ratio(self, found: DistributionParity) -> Ratio:
+    def limits(self) -> dict[str, float]:
+        """Return the limit on the mean over positions of each cost."""
+        return {name: float(_bounded(name, self.factor * cost.mean())) for name, cost in costs(self.report).items()}
+
+    def ratios(self, found: ParityReport) -> dict[str, tuple[float, float, float]]:
         """
-        Return mean KL over its limit, and the bounds of its 95 % interval, by resampling positions of both together.
+        Return each mean cost over its limit, with the bounds of its 95 % interval, by resampling positions of both.
 
         The lower bound decides: a file is refuted when even that is above 1.
         """
-        assert self.report.logits is not None
-        return self._ratio(found.kl, self.report.logits.kl, KL_FLOOR, KL_CAP)
+        copy, limits = costs(self.report), self.limits()
+        return {name: self._ratio(name, cost, copy[name], limits[name]) for name, cost in costs(found).items()}
 
-    def nmse_ratio(self, found: ParityReport) -> Ratio:
-        """Return the mean NMSE of the logits over its limit, as `ratio`: it sees an offset, which KL cannot."""
-        mine, price = (side.names[LOGITS].rel_l2 ** 2 for side in (found, self.report))
-        return self._ratio(mine, price, NMSE_FLOOR, NMSE_CAP)
-
-    def _ratio(self, found: F64, price: F64, floor: float, cap: float) -> Ratio:
-        both = np.stack([found, price])
+    def _ratio(self, name: str, cost: F64, copy: F64, limit: float) -> tuple[float, float, float]:
+        both = np.stack([cost, copy])
         if not np.isfinite(both).all():
             return np.nan, np.nan, np.nan
+        means = resampled(both)
+        low, high = np.quantile(means[:, 0] / _bounded(name, self.factor * means[:, 1]), [0.025, 0.975])
+        return float(cost.mean()) / limit, float(low), float(high)
 
-        def over(means: F64) -> F64:
-            limits: F64 = np.clip(self.factor * means[:, 1], floor, cap)
-            return means[:, 0] / limits
+    def rows(self, found: ParityReport) -> list[dict[str, object]]:
+        """One row per cost: the file's, the copy's, the limit."""
+        mine, copy = ({n: float(c.mean()) for n, c in costs(side).items()} for side in (found, self.report))
+        return [
+            {"name": f"{n}_mean", "subject": mine[n], "copy": copy[n], "limit": limit, "source": self.source}
+            for n, limit in self.limits().items()
+        ]
 
-        low, high = np.quantile(over(resampled(both)), [0.025, 0.975])
-        return float(over(both.mean(axis=1)[None])[0]), float(low), float(high)
+    def said(self, found: ParityReport) -> str:
+        """Say by how much each cost misses its limit."""
+        mine, limits = costs(found), self.limits()
+        parts = [
+            f"mean {name.upper()} {mine[name].mean():.3g}, {value:.3g} times its limit of {limits[name]:.3g} "
+            f"(95 % interval {low:.3g} to {high:.3g})"
+            for name, (value, low, high) in self.ratios(found).items()
+        ]
+        return f"{'; '.join(parts)}; the limit is {self.source}"
+
+
+def costs(report: ParityReport) -> dict[str, F64]:
+    """Per position: KL in nat, which sees a scale, and NMSE of the logits, which sees an offset."""
+    if report.logits is None:
+        return {}
+    return {"kl": report.logits.kl, "nmse": report.names[LOGITS].rel_l2 ** 2}
+
+
+def _bounded(name: str, limit: F64 | float) -> F64:
+    """Keep a limit above what float32 does to the same weights and below what another model does."""
+    low, high = (KL_FLOOR, KL_CAP) if name == "kl" else (NMSE_FLOOR, NMSE_CAP)
+    return np.clip(np.asarray(limit, np.float64), low, high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +133,7 @@ class Pair:
         same_weights: Every tensor decodes to the same values.
         yardstick: For other weights.
         limits: For the same weights: on rel_l2, per name.
-        ratio: Mean KL over its limit with its 95 % interval; for other weights.
-        nmse_ratio: Likewise of the logits' NMSE.
+        ratios: Mean KL and NMSE over their limits with 95 % intervals; for other weights.
         verdict: What follows.
         reason: Why not CORROBORATED, or empty.
         turned: The second file is the finer one, so it was taken as the reference.
@@ -116,8 +146,7 @@ class Pair:
     same_weights: bool = False
     yardstick: Yardstick | None = None
     limits: Mapping[str, float] | None = None
-    ratio: Ratio | None = None
-    nmse_ratio: Ratio | None = None
+    ratios: Mapping[str, tuple[float, float, float]] | None = None
     turned: bool = False
 
 
@@ -160,16 +189,18 @@ def hold(first: Subject, second: Subject, ids: Ids, prompt: int) -> Pair:
     if report.logits is None or report.nonfinite:
         return Pair(*report.judge(np.inf), report, turned=turned)
     measure = yardstick(reference, candidate.checkpoint, truth, ids, prompt)
-    ratio, nmse_ratio = measure.ratio(report.logits), measure.nmse_ratio(report)
-    verdict, reason = _within(ratio, nmse_ratio, measure)
-    return Pair(verdict, reason, report, yardstick=measure, ratio=ratio, nmse_ratio=nmse_ratio, turned=turned)
+    ratios = measure.ratios(report)
+    within = all(low <= 1 for _, low, _ in ratios.values())
+    verdict, reason = (Verdict.CORROBORATED, "") if within else (Verdict.FALSIFIED, measure.said(report))
+    return Pair(verdict, reason, report, yardstick=measure, ratios=ratios, turned=turned)
 
 
 def yardstick(reference: Subject, types: Checkpoint, truth: Trace, ids: Ids, prompt: int) -> Yardstick:
     """Round the reference to the types of another file with our own encoder, and hold the copy against it."""
     change, unwritten = rounded_like(types, reference.seed)
     copy = trace_copy(reference.admission.require(), change, load_model, path(ids, prompt))
-    return Yardstick(_compare(truth, copy, reference, QUANTISED_TAU, ids), unwritten)
+    writer = str(types.metadata.get(names.ENCODER, ""))
+    return Yardstick(_compare(truth, copy, reference, QUANTISED_TAU, ids), unwritten, writer)
 
 
 def same_weights(one: Subject, other: Subject) -> bool:
@@ -208,14 +239,3 @@ def is_rung(finer: DistributionParity, coarser: DistributionParity) -> tuple[Ver
 def _compare(truth: Trace, found: Trace, reference: Subject, tau: float | F64, ids: Ids) -> ParityReport:
     names = mandatory_names(reference.model.config.num_hidden_layers)
     return compare(truth, found, expect=names, tau=tau, tokens=np.append(ids[1:], -1))
-
-
-def _within(kl: Ratio, nmse: Ratio, measure: Yardstick) -> tuple[Verdict, str]:
-    """Refute where the lower bound of either is beyond its limit; written so that NaN is."""
-    for what, (value, low, high) in (("mean KL", kl), ("mean NMSE of the logits", nmse)):
-        if not low <= 1:
-            return Verdict.FALSIFIED, (
-                f"the {what} is {value:.3g} times its limit (95 % interval {low:.3g} to {high:.3g}): "
-                f"{measure.factor:g} x that of {measure.made}"
-            )
-    return Verdict.CORROBORATED, ""

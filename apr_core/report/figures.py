@@ -98,12 +98,11 @@ def _cross(ax: Axes, values: Floats, refused: Sequence[tuple[str, float]]) -> No
 
 
 def plot_layer_trace(source: Source) -> Figure | None:
-    """Worst difference per named activation over the layers, one line per operation."""
-    m = material(source)
-    names, values = traced(m)
+    """Worst difference per named activation, over the limit of its name, along the layers: one line per operation."""
+    names, values, bounds = traced(material(source))
     if not np.isfinite(values).any():
         return None
-    limits = limits_of(m)
+    values, limits = (values, []) if bounds is None else (values / bounds, [1.0])
     layers, operations, last = places(names)
     with style():
         figure, ax = new_figure(3.5)
@@ -122,7 +121,7 @@ def plot_layer_trace(source: Source) -> Figure | None:
         for value in limits:
             _draw_limit(ax, value, "limit")
         zeros = scale_y(ax, values, limits)
-        _axes(ax, "layer", "rel_l2 (ratio)")
+        _axes(ax, "layer", "rel_l2 over its limit (ratio)" if limits else "rel_l2 (ratio)")
         _layer_ticks(ax, last)
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.03))
         worst = int(np.nanargmax(np.where(np.isfinite(values), values, -np.inf)))
@@ -144,7 +143,7 @@ def plot_positions(source: Source) -> Figure | None:
         return None
     key = next(iter(series)).removesuffix("_copy")
     base = next((b for b in _UNITS if key.startswith(b)), key)
-    limits = [] if m.claim and m.claim.metric.endswith("_over_budget") else limits_of(m)
+    limits = limits_of(m)
     every = np.concatenate(list(series.values()))
     with style():
         figure, ax = new_figure(3.3)

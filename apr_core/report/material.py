@@ -59,11 +59,12 @@ def is_number(value: object) -> bool:
 
 
 def limits_of(m: Material) -> list[float]:
-    """Limits stored with the values, else the claim's own; a count is no limit of what it counts."""
+    """Limits stored with the values, else the claim's own; neither a count nor a ratio limits what a figure draws."""
     stored = m.numbers("limit")
     if stored is not None:
         return sorted({float(v) for v in stored.ravel() if np.isfinite(v)})
-    return [m.claim.threshold] if m.claim and m.claim.unit != "count" else []
+    own = m.claim is not None and m.claim.unit != "count" and "_over_" not in m.claim.metric
+    return [m.claim.threshold] if m.claim and own else []
 
 
 def violations(m: Material) -> list[tuple[str, float]]:
@@ -80,7 +81,7 @@ def by_position(m: Material) -> dict[str, Floats]:
     [names, positions] gives its worst name at each position; one NaN makes a position NaN, so it cannot hide.
     """
     metric = m.claim.metric if m.claim else ""
-    for base in dict.fromkeys([metric, re.sub(r"_(max|min|mean|over_budget)$", "", metric), "rel_l2", "kl"]):
+    for base in dict.fromkeys([metric, re.sub(r"_(max|min|mean|over_limit)$", "", metric), "rel_l2", "kl"]):
         named = [k for k in m.arrays if base and (k == base or k.startswith(f"{base}_"))]
         series = {k: v for k in named if (v := m.numbers(k)) is not None}
         if series:
@@ -88,13 +89,15 @@ def by_position(m: Material) -> dict[str, Floats]:
     return {}
 
 
-def traced(m: Material) -> tuple[list[str], Floats]:
-    """Names and worst differences of a trace: from arrays where they are whole, else from the rows."""
-    names, values = m.text("name"), m.numbers("rel_l2")
+def traced(m: Material) -> tuple[list[str], Floats, Floats | None]:
+    """Names, worst differences and limits (where they are known) of a trace: from whole arrays, else from the rows."""
+    names, values, limits = m.text("name"), m.numbers("rel_l2"), m.numbers("limit")
     if names and values is not None and len(values) == len(names):
-        return names, values.reshape(len(names), -1).max(axis=1)
+        return names, values.reshape(len(names), -1).max(axis=1), limits
     rows = [r for r in m.rows if "name" in r and is_number(r.get("rel_l2"))]
-    return [str(r["name"]) for r in rows], np.array([float(r["rel_l2"]) for r in rows], dtype=np.float64)
+    stored = [float(r["limit"]) for r in rows if is_number(r.get("limit"))]
+    found = np.array([float(r["rel_l2"]) for r in rows], dtype=np.float64)
+    return [str(r["name"]) for r in rows], found, np.array(stored) if len(stored) == len(rows) else None
 
 
 def places(names: Sequence[str]) -> tuple[list[float], list[str], int]:

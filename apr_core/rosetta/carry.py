@@ -180,6 +180,13 @@ def gguf_pairs(
     return pairs
 
 
+def writer(checkpoint: Checkpoint, types: Mapping[str, QuantFormat]) -> dict[str, object]:
+    """Name our encoder as the writer of the block types that it writes: parity looks it up."""
+    tensors = checkpoint.tensors
+    written = any(kind.block_elements > 1 and tensors[name].dtype != kind for name, kind in types.items())
+    return {names.ENCODER: "apr_core"} if written else {}
+
+
 def _label(checkpoint: Checkpoint, types: Mapping[str, QuantFormat], quantize: str | None) -> dict[str, object]:
     """Say what kind of file it is: the recipe, else what the source said, else the type of most weights."""
     said = checkpoint.metadata.get("general.file_type")

@@ -133,11 +133,14 @@ def convert(
             advice="put tokenizer.json beside it, or ask for a bare copy (--no-tokenizer)",
         )
     sources = [_source(source, source.tensors[name], dtype) for name, dtype in intent.types.items()]
+    writer = carry.writer(source, intent.types)
     with placing(Path(target), intent.format, force=force, keep=source.files) as file:
         if intent.format == "gguf":
-            write_gguf(file, sources, carry.gguf_pairs(source, identity, intent.types, quantize), progress=progress)
+            write_gguf(
+                file, sources, carry.gguf_pairs(source, identity, intent.types, quantize) | writer, progress=progress
+            )
         elif intent.format == "apr":
-            write_apr(file, sources, carry.apr_pairs(source, identity, quantize), progress=progress)
+            write_apr(file, sources, carry.apr_pairs(source, identity, quantize) | writer, progress=progress)
         else:
             for name, data in carry.folder_files(source, identity, quantize).items():
                 (file.parent / name).write_bytes(data)

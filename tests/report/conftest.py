@@ -87,14 +87,19 @@ def finding_of(claim_id: str, *, names: list[str] | None = None) -> Finding:
     if claim_id in ("F-PAR-002", "F-PAR-010"):
         values = rng.lognormal(-14.5, 0.5, (len(names), 63))
         worst = values.max(axis=1)
-        rows = [{"name": n, "rel_l2": float(v), "position": 4} for n, v in zip(names, worst, strict=True)]
-        arrays = {"position": np.arange(63), "name": np.array(names), "rel_l2": values}
-        return Finding(float(values.max()), 38, 38, rows=rows, arrays=arrays, reference="float64", noise_floor=1.2e-7)
+        rows = [
+            {"name": n, "rel_l2": float(v), "limit": 1e-5, "position": 4} for n, v in zip(names, worst, strict=True)
+        ]
+        limit = np.full(len(names), 1e-5)
+        arrays = {"position": np.arange(63), "name": np.array(names), "rel_l2": values, "limit": limit}
+        return Finding(
+            float(values.max()) / 1e-5, 38, 38, rows=rows, arrays=arrays, reference="float64", noise_floor=1.2e-7
+        )
     if claim_id in ("F-PAR-001", "F-PAR-003"):
         values = rng.lognormal(-15, 0.4, (1, 63))
         values[0, :3] = 0
-        arrays = {"position": np.arange(63), "name": np.array(["logits"]), "rel_l2": values}
-        return Finding(float(values.max()), 63, 63, arrays=arrays, reference="numpy in float64")
+        arrays = {"position": np.arange(63), "name": np.array(["logits"]), "rel_l2": values, "limit": np.array([1e-5])}
+        return Finding(float(values.max()) / 1e-5, 63, 63, arrays=arrays, reference="numpy in float64")
     if claim_id == "F-GT-002":
         return Finding(0.0, 62, 62, arrays={"rel_l2_gguf": np.zeros(31), "rel_l2_apr": np.zeros(31)})
     if claim_id == "F-GT-008":

@@ -65,7 +65,7 @@ def test_a_finding_shows_its_value(finding: Callable[[str], Finding]) -> None:
     """Value against limit, coverage, reference, noise floor, rows."""
     shown = show_finding(replace(finding("F-PAR-002"), value=3.2e-7, nonfinite=1, missing=["layers.9.q"]))
     for said in (
-        "rel_l2 = 3.2e-07 (limit ≤ 1e-05), compared 38 of 38",
+        "rel_l2_over_limit = 3.2e-07 (limit ≤ 1), compared 38 of 38",
         "noise floor: 1.2e-07",
         "not compared: layers.9.q",
     ):
@@ -83,7 +83,7 @@ def test_a_finding_that_measured_nothing() -> None:
     inconclusive = Finding(
         float("nan"), 1, 1, claim="F-PAR-001", inconclusive="both sides are one file", whys=[("q", "a")]
     )
-    assert "rel_l2 = not finite" in show_finding(inconclusive).text
+    assert "rel_l2_over_limit = not finite" in show_finding(inconclusive).text
     assert "decides nothing: both sides are one file" in show_finding(inconclusive).text
     assert "  1. q a" in show_finding(inconclusive).text
 

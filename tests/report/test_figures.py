@@ -119,28 +119,29 @@ def test_many_refused_tensors_stay_readable() -> None:
 
 
 def test_trace_is_ordered_by_layer() -> None:
-    """One line per operation over the layers; what has no layer stands at the end; the limit is the claim's."""
+    """One line per operation over the layers, over the limit of each name; what has no layer stands at the end."""
     names = np.array(["layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v", "logits"])
     values = np.array([[1e-7, 2e-7], [3e-7, 1e-7], [2e-7, 1e-7], [4e-2, 1e-7], [1e-7, 5e-3]])
-    figure = plot_layer_trace(made("F-PAR-002", arrays={"name": names, "rel_l2": values, "position": np.arange(2)}))
+    arrays = {"name": names, "rel_l2": values, "position": np.arange(2), "limit": np.array([1, 1, 1, 1, 2]) * 1e-6}
+    figure = plot_layer_trace(made("F-PAR-002", arrays=arrays))
     axes = figure.axes[0]
     assert axes.get_yscale() == "log"
-    assert words(figure) == ["q", "v", "logits", "limit 1e-05"]
+    assert words(figure) == ["q", "v", "logits", "limit 1"]
     drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
-    assert drawn["q"] == ([0.0, 1.0], [2e-7, 2e-7])
-    assert drawn["v"] == ([0.0, 1.0], [3e-7, 4e-2])
-    assert drawn["logits"] == ([2.0], [5e-3])
+    assert drawn["q"][1] == pytest.approx([0.2, 0.2])
+    assert drawn["v"][1] == pytest.approx([0.3, 4e4])
+    assert drawn["logits"] == ([2.0], pytest.approx([2.5e3]))
     assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "end"]
-    assert "largest difference is 0.04 at layers.1.v, limit 1e-05" in alt_text(figure)
+    assert "largest difference is 4e+04 at layers.1.v, limit 1" in alt_text(figure)
     low, high = axes.get_ylim()
-    assert low < 1e-7
-    assert high > 4e-2
+    assert low < 0.1
+    assert high > 4e4
 
 
 def test_trace_from_rows_and_beside_them() -> None:
     """Rows serve where arrays are absent or cut; arrays hold all names of a deep model."""
     rows = [{"name": "layers.0.q", "rel_l2": 1e-7}, {"name": "logits", "rel_l2": "broken"}]
-    assert traced(material(made("F-PAR-002", rows=rows))) == (["layers.0.q"], np.array([1e-7]))
+    assert traced(material(made("F-PAR-002", rows=rows))) == (["layers.0.q"], np.array([1e-7]), None)
     names = np.array([f"layers.{i}.{o}" for i in range(28) for o in "qkv"])
     arrays = {"name": names, "rel_l2": np.full((84, 5), 1e-7)}
     figure = plot_layer_trace(made("F-PAR-002", rows=rows, arrays=arrays))
@@ -159,7 +160,8 @@ def test_not_a_number_cannot_hide() -> None:
 
 def test_positions_take_the_worst_name() -> None:
     """An array [names, positions] is one series; the axis is the stored position."""
-    arrays = {"position": np.array([5, 6, 7]), "rel_l2": np.array([[1e-7, 2e-3, 3e-7], [4e-7, 1e-7, 1e-7]])}
+    values = np.array([[1e-7, 2e-3, 3e-7], [4e-7, 1e-7, 1e-7]])
+    arrays = {"position": np.array([5, 6, 7]), "rel_l2": values, "limit": np.array([1e-5])}
     figure = plot_positions(made("F-PAR-003", arrays=arrays))
     points = figure.axes[0].lines[0]
     assert (list(points.get_xdata()), list(points.get_ydata())) == ([5, 6, 7], [4e-7, 2e-3, 3e-7])
@@ -233,8 +235,9 @@ def test_what_no_sample_can_undercut() -> None:
 
 
 def test_limits_come_from_the_record_or_the_claim() -> None:
-    """Stored limits win; a claim that counts has no limit for what it counts."""
-    assert limits_of(material(made("F-PAR-001"))) == [1e-5]
+    """Stored limits win; a claim that counts, or measures a ratio to a limit, has no limit for what is drawn."""
+    assert limits_of(material(made("F-PAR-004"))) == [1e-8]
+    assert limits_of(material(made("F-PAR-001"))) == []
     assert limits_of(material(made("F-GT-001"))) == []
     assert limits_of(material(made("F-PAR-001", arrays={"limit": np.array([2.0, 1.0, 2.0, np.nan])}))) == [1.0, 2.0]
 

@@ -48,7 +48,7 @@ def test_everything_declared(make_run: Callable[..., Any]) -> None:
     one = body["claims"]["F-PAR-003"]
     evidence = run.conclusion.by_claim["F-PAR-003"][2]
     assert one["measured"] == evidence.measured["value"]
-    assert one["limit"] == {"direction": "at_most", "threshold": 1e-5, "text": "≤ 1e-05"}
+    assert one["limit"] == {"direction": "at_most", "threshold": 1.0, "text": "≤ 1"}
     assert one["coverage"] == {"compared": 63, "expected": 63}
     assert (run.folder / one["evidence"]).is_file()
     assert one["evidence"] == evidence_file(evidence)

@@ -16,7 +16,7 @@ from apr_core.report.tables import claims_frame, frame
 def test_rows_of_one(finding: Callable[[str], Finding]) -> None:
     """A frame has the rows as they are."""
     made = frame(finding("F-PAR-002"))
-    assert list(made.columns) == ["name", "rel_l2", "position"]
+    assert list(made.columns) == ["name", "rel_l2", "limit", "position"]
     assert len(made) == 38
 
 
@@ -39,7 +39,7 @@ def test_claims_of_a_round(finding: Callable[[str], Finding], tmp_path: Path) ->
         "title": "two independent forwards: every layer",
         "verdict": "FALSIFIED",
         "measured": 2.0,
-        "limit": "≤ 1e-05",
+        "limit": "≤ 1",
         "compared": 38,
     }
     assert made.loc["F-PAR-001", "verdict"] == "not recorded yet"
