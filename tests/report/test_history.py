@@ -77,8 +77,8 @@ def test_verdicts(run: Make, before: Verdict, after: Verdict, kind: str) -> None
     [
         (COUNT, "mismatched_values", Metric(0, 0, 0), Metric(1, 1, 1), "worse"),
         (COUNT, "mismatched_values", Metric(2, 2, 2), Metric(1, 1, 1), "better"),
-        (LAYERS, "rel_l2", Metric(2e-7, 1e-7, 3e-7), Metric(3e-7, 2e-7, 4e-7), None),
-        (LAYERS, "rel_l2", Metric(2e-7, 1e-7, 3e-7), Metric(9e-7, 8e-7, 1e-6), "worse"),
+        (LAYERS, "rel_l2_over_limit", Metric(2e-7, 1e-7, 3e-7), Metric(3e-7, 2e-7, 4e-7), None),
+        (LAYERS, "rel_l2_over_limit", Metric(2e-7, 1e-7, 3e-7), Metric(9e-7, 8e-7, 1e-6), "worse"),
         (MBU, "decode_tok_s", Metric(100, 95, 105), Metric(80, 75, 85), "worse"),
         (MBU, "decode_tok_s", Metric(100, None, None), Metric(80, None, None), "unsure"),
         (MBU, "tpot_s", Metric(0.01, 0.009, 0.011), Metric(0.005, 0.004, 0.006), "better"),
