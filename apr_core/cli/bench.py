@@ -136,11 +136,13 @@ def _measure_all(
 
     from apr_core.bench import acts
     from apr_core.bench.versus import open_peers
+    from apr_core.engines.cpu_weights import require_memory
     from apr_core.engines.subject import Subject
     from apr_core.falsify.finding import ACTS, Finding
 
     path = admission.checkpoint.path
     subject = Subject(path, admission, reference=None, device="cpu", seed=seed, max_new_tokens=plan.decode)
+    require_memory(4 * acts.count_elements(subject), f"the float32 judge of {path}")
     subject.peers = tuple(peers)
     opened, absent = open_peers(peers, path, acts.count_elements(subject))
     prompt = np.random.default_rng(seed).integers(0, built.config.vocab_size, plan.prefill)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from apr_core.bench import acts
 from apr_core.bench.claimed import WRONG_TOKENS
 from apr_core.cli.app import main
 from apr_core.cli.bench import CLAIMS
-from apr_core.engines import load
+from apr_core.engines import cpu_weights, load
 from apr_core.falsify.evidence import read_folder
 from apr_core.model.qwen2 import Qwen2
 from apr_core.model.trace import TracedForward
@@ -124,6 +125,21 @@ def test_bad_input_is_refused_before_any_work(
     """Exit 2, with what would be legal."""
     assert main(["bench", "pygmy", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("free", [1, 100_000_000])
+def test_a_model_beyond_the_memory_is_refused(
+    free: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 6 before any work: the engine's panels, or the reference that has to judge its tokens, would not fit."""
+    monkeypatch.setattr(cpu_weights, "available_memory", lambda: free)
+    monkeypatch.setattr(cpu_weights, "_RESERVE", 0)
+    monkeypatch.setattr(acts, "time_engine", lambda *a, **k: pytest.fail("work began"))
+    monkeypatch.setattr(acts, "count_elements", lambda subject: 10**9)
+    assert main(["bench", "pygmy", *SHORT]) == 6
+    said = capsys.readouterr().err
+    assert "of free memory for" in said
+    assert ("judge" in said) is (free > 1)
 
 
 def test_profile_shows_where_the_time_goes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,28 @@ def test_a_backend_that_cannot_be_traced_cannot_be_registered(tiny: Path, monkey
         TypeError, match=r"Mute is no TracedForward: it lacks new_cache, forward\(cache\), forward\(trace\)"
     ):
         load_model(tiny, precision="exact")
+
+
+_WITHOUT = """
+import sys
+sys.modules["numba"] = sys.modules["llvmlite"] = None
+from apr_core.engines.subject import obtain
+from apr_core.falsify.claims import claims_of
+from apr_core.falsify.finding import ACTS
+from apr_core.parity import acts as _
+from apr_core.rosetta import acts as _
+from apr_core.zoo import acts as _
+subject = obtain("pygmy", device="cpu")
+print(subject.engine.backend)
+for notebook in ("00_ground_truth", "10_contract_gates", "20_parity"):
+    for claim in claims_of(notebook):
+        verdict, reason = ACTS[claim.id](subject).judge()
+        if verdict.value not in ("CORROBORATED", "NOT_RUN"):
+            print(claim.id, verdict.value, reason)
+"""
+
+
+def test_without_numba_the_reference_holds_the_first_three_notebooks(root: Path) -> None:
+    """Speed is all that is lost: no claim of 00, 10 or 20 is refuted or undecided where numba cannot be imported."""
+    done = subprocess.run([sys.executable, "-c", _WITHOUT], capture_output=True, text=True, check=False, cwd=root)
+    assert (done.stdout.split("\n"), done.returncode) == (["torch", ""], 0), done.stderr
