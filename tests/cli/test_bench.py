@@ -14,7 +14,7 @@ from apr_core.bench.claimed import WRONG_TOKENS
 from apr_core.cli.app import main
 from apr_core.cli.bench import CLAIMS
 from apr_core.engines import cpu_weights, load
-from apr_core.falsify.evidence import read_folder
+from apr_core.falsify.evidence import read_evidence
 from apr_core.model.qwen2 import Qwen2
 from apr_core.model.trace import TracedForward
 
@@ -37,7 +37,7 @@ def test_bench_measures_and_compares_its_tokens(capsys: pytest.CaptureFixture[st
     assert timed["candidate"]["backend"].startswith("cpu speed")
     assert list(timed["candidate"]["tok_s_at_context"]) == ["16"]
     assert json.loads((out / "bench.json").read_text()) == body
-    kept = {e.id: e.verdict for e in read_folder(out / "evidence")}
+    kept = {e.id: e.verdict for e in map(read_evidence, (out / "evidence").glob("*.json"))}
     assert sorted(kept) == sorted(CLAIMS)
     assert {str(verdict) for claim, verdict in kept.items() if claim != "F-THR-011"} == {"CORROBORATED"}
     assert str(kept["F-THR-011"]) == "NOT_RUN"
