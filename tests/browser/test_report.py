@@ -99,6 +99,10 @@ def test_it_fits_and_can_be_read(page: Path, visit: Visit, width: int, scheme: s
     tab = visit(page, width=width, scheme=scheme)
     tab.get_by_role("button", name="Open all").click()
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    inside = (
+        "[...document.querySelectorAll('.claims a')].filter(a => a.getBoundingClientRect().right > innerWidth - 16)"
+    )
+    assert tab.evaluate(f"{inside}.map(a => a.textContent)") == []
     assert tab.evaluate(CONTRAST) == []
 
 
