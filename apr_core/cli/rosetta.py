@@ -11,7 +11,7 @@ from apr_core.cli.dispatch import admission_of
 from apr_core.errors import Exit, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from apr_core.formats.checkpoint import Checkpoint
     from apr_core.rosetta.trip import Comparison, Trip
@@ -58,38 +58,40 @@ def convert(
     _write(context, target, quantize, force=force, bare=bare, as_json=as_json)
 
 
-def import_(
-    context: typer.Context,
-    source: Source,
-    output: Output,
-    quantize: Quantize = "",
-    force: Force = False,
-    bare: Bare = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a local SafeTensors or GGUF model as APR."""
-    from apr_core.rosetta.convert import container_of
+def _towards(doc: str, holds: Callable[[str], bool], wrong: str, advice: str) -> Callable[..., None]:
+    """Make a command that writes to ``--output``, in the containers that ``holds`` allows."""
 
-    if container_of(output) != "apr":
-        raise UsageError(f"import writes APR, found {output}", advice="name it .apr, or use `apr convert`")
-    _write(context, output, quantize, force=force, bare=bare, as_json=as_json)
+    def command(
+        context: typer.Context,
+        source: Source,
+        output: Output,
+        quantize: Quantize = "",
+        force: Force = False,
+        bare: Bare = False,
+        as_json: AsJson = False,
+    ) -> None:
+        from apr_core.rosetta.convert import container_of
+
+        if not holds(container_of(output)):
+            raise UsageError(f"{wrong}, found {output}", advice=advice)
+        _write(context, output, quantize, force=force, bare=bare, as_json=as_json)
+
+    command.__doc__ = doc
+    return command
 
 
-def export(
-    context: typer.Context,
-    source: Source,
-    output: Output,
-    quantize: Quantize = "",
-    force: Force = False,
-    bare: Bare = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a model as GGUF or SafeTensors, whichever the output's name says."""
-    from apr_core.rosetta.convert import container_of
-
-    if container_of(output) == "apr":
-        raise UsageError(f"export writes GGUF and SafeTensors, found {output}", advice="use `apr import` for APR")
-    _write(context, output, quantize, force=force, bare=bare, as_json=as_json)
+import_ = _towards(
+    "Write a local SafeTensors or GGUF model as APR.",
+    lambda container: container == "apr",
+    "import writes APR",
+    "name it .apr, or use `apr convert`",
+)
+export = _towards(
+    "Write a model as GGUF or SafeTensors, whichever the output's name says.",
+    lambda container: container != "apr",
+    "export writes GGUF and SafeTensors",
+    "use `apr import` for APR",
+)
 
 
 def _write(context: typer.Context, target: str, quantize: str, *, force: bool, bare: bool, as_json: bool) -> None:

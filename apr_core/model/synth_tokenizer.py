@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from apr_core.errors import UsageError
-from apr_core.model.vocabulary import QWEN2_PRE_TOKENIZER
+from apr_core.model.vocabulary import BPE_DEFAULTS, QWEN2_PRE_TOKENIZER, token_table
 
 # Order and names as in the tokenizer of Qwen2.5-Coder; a smaller vocabulary takes the first ones.
 CONTROL_TOKENS = (
@@ -33,7 +33,6 @@ TEMPLATE = (
 _SPACE = "Ġ"  # how GPT-2 writes the byte 0x20
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
 _MOST = 256 + 2 * 105 + 2 * 105**2 + 105**3  # bytes, and words of the 105 syllables as `_merges` builds them
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of GGUF
 
 
 def byte_tokens() -> list[str]:
@@ -98,18 +97,7 @@ def generate_tokenizer(base: int, control: int, *, context: int) -> tuple[dict[s
         },
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": merges,
-        },
+        "model": {"type": "BPE", **BPE_DEFAULTS, "vocab": vocabulary, "merges": merges},
     }
     return tokenizer, _tokenizer_config(added, context)
 
@@ -142,17 +130,10 @@ def gguf_tokenizer(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], ro
     """
     Translate a byte-level BPE to the ``tokenizer.ggml.*`` keys of GGUF.
 
-    Rows of the embedding behind the last token get ``[PADn]`` of type unused, as llama.cpp's converter writes them.
-
     Source: llama.cpp ``gguf-py/gguf/constants.py`` (TokenType) and ``convert_hf_to_gguf.py``.
     """
-    tokens = [f"[PAD{i}]" for i in range(rows)]
-    kinds = [_UNUSED] * rows
-    for token, i in tokenizer["model"]["vocab"].items():
-        tokens[i], kinds[i] = token, _NORMAL
-    for entry in tokenizer["added_tokens"]:
-        tokens[entry["id"]] = entry["content"]
-        kinds[entry["id"]] = _CONTROL if entry["special"] else _USER_DEFINED
+    ids = tokenizer["model"]["vocab"] | {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
+    tokens, kinds = token_table(ids, {t["id"]: t["special"] for t in tokenizer["added_tokens"]}, rows)
     merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
     pairs: dict[str, object] = {
         "tokenizer.ggml.model": "gpt2",

@@ -25,7 +25,18 @@ from apr_core.model.config import token_ids
 QWEN2_PRE_TOKENIZER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types of GGUF
+BPE_DEFAULTS: Mapping[str, Any] = {
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
+"""What ``tokenizer.json`` of a Qwen2 says of its model besides words and merges."""
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Token types of GGUF."""
 # Tokens that llama.cpp ends on by their text, whatever else a GGUF names: a Qwen2.5 that may only stop on one of the
 # two talks on after the other.
 _CHATML_ENDS = frozenset({"<|im_end|>", "<|endoftext|>"})
@@ -83,6 +94,27 @@ class Vocabulary:
     add_bos: bool
     chat_template: str | None
     variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def token_table(ids: Mapping[str, int], control: Mapping[int, bool], rows: int) -> tuple[list[str], list[int]]:
+    """
+    Lay a vocabulary out as a list whose index is the id, with GGUF's token types.
+
+    Ids without a token, up to the rows of the embedding, become ``[PADn]`` of type unused, as llama.cpp's converter
+    writes them: the list must be as long as the embedding.
+
+    Args:
+        ids: Text -> id, added tokens among them.
+        control: Id of an added token -> whether it is a control token.
+        rows: Rows of the embedding.
+    """
+    count = max(rows, 1 + max(ids.values(), default=-1))
+    tokens, kinds = [f"[PAD{i}]" for i in range(count)], [UNUSED] * count
+    for text, i in ids.items():
+        tokens[i], kinds[i] = text, NORMAL
+    for i, is_control in control.items():
+        kinds[i] = CONTROL if is_control else USER_DEFINED
+    return tokens, kinds
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
@@ -194,9 +226,9 @@ def _from_list(tokens: Sequence[str], types: object, merges: Sequence[str], path
     vocab: dict[str, int] = {}
     added: list[AddedToken] = []
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind in (_CONTROL, _USER_DEFINED):
-            added.append(AddedToken(i, token, special=kind == _CONTROL))
-        elif kind != _UNUSED and vocab.setdefault(token, i) != i:
+        if kind in (CONTROL, USER_DEFINED):
+            added.append(AddedToken(i, token, special=kind == CONTROL))
+        elif kind != UNUSED and vocab.setdefault(token, i) != i:
             raise _malformed(path, "each token once", f"{token!r:.80} as {vocab[token]} and {i}")
     pairs = [merge.split(" ", 1) for merge in merges]
     split = {"type": "Split", "pattern": {"Regex": QWEN2_PRE_TOKENIZER}, "behavior": "Isolated", "invert": False}
@@ -215,8 +247,8 @@ def _from_list(tokens: Sequence[str], types: object, merges: Sequence[str], path
 def _type_by_text(token: str) -> int:
     """Recover a token's type from how it is written, for files that do not store it."""
     if _APR_CONTROL.fullmatch(token):
-        return _CONTROL
-    return _USER_DEFINED if len(token) <= _APR_TAG_CHARS and _APR_TAG.fullmatch(token) else 1
+        return CONTROL
+    return USER_DEFINED if len(token) <= _APR_TAG_CHARS and _APR_TAG.fullmatch(token) else 1
 
 
 def _template_of(folder: Path, settings: Mapping[str, object]) -> str | None:

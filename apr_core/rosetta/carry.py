@@ -24,9 +24,8 @@ from apr_core.dtypes import QuantFormat
 from apr_core.errors import LoadError, ReadWriteError
 from apr_core.formats import names
 from apr_core.formats.checkpoint import Checkpoint, read_companion
-from apr_core.model.vocabulary import QWEN2_PRE_TOKENIZER, Vocabulary, read_vocabulary
+from apr_core.model.vocabulary import BPE_DEFAULTS, QWEN2_PRE_TOKENIZER, Vocabulary, read_vocabulary, token_table
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of GGUF
 # general.file_type by recipe, and by the type of most weights where nothing was asked
 FILE_TYPES = {
     "F32": 0,
@@ -298,24 +297,14 @@ def token_list(identity: Identity, rows: int) -> tuple[list[str], list[int]]:
     """
     Lay a vocabulary out as a list whose index is the id, with GGUF's token types.
 
-    Ids without a token, up to the rows of the embedding, become ``[PADn]`` of type unused, as llama.cpp's converter
-    writes them: the list must be as long as the embedding.
-
     Raises:
         LoadError: The tokenizer does something that a list of tokens and merges cannot say.
     """
     vocabulary = identity.vocabulary
     assert vocabulary is not None
     _require_qwen2(vocabulary)
-    ids = token_ids(vocabulary)
-    count = max(rows, 1 + max(ids.values(), default=-1))
-    tokens, kinds = [f"[PAD{i}]" for i in range(count)], [_UNUSED] * count
-    for text, i in ids.items():
-        tokens[i], kinds[i] = text, _NORMAL
-    for token in vocabulary.added:
-        # "<|" makes a token a control token here, whatever its flag: a copy that forgets that can be injected into.
-        kinds[token.id] = _CONTROL if token.control else _USER_DEFINED
-    return tokens, kinds
+    # "<|" makes a token a control token here, whatever its flag: a copy that forgets that can be injected into.
+    return token_table(token_ids(vocabulary), {t.id: t.control for t in vocabulary.added}, rows)
 
 
 def _require_qwen2(vocabulary: Vocabulary) -> None:
@@ -348,17 +337,7 @@ def tokenizer_document(vocabulary: Vocabulary) -> dict[str, Any]:
     expected = range(len(vocab), len(vocab) + len(added))
     if [token["id"] for token in added] != list(expected):
         vocab |= {token.content: token.id for token in vocabulary.added}
-    model = {
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        **vocabulary.bpe["model"],
-        "vocab": vocab,
-    }
+    model = {**BPE_DEFAULTS, **vocabulary.bpe["model"], "vocab": vocab}
     rest = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
     return {**rest, **vocabulary.bpe, "added_tokens": added, "model": model}
 

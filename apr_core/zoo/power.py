@@ -163,19 +163,3 @@ def _differs(subject: Subject, reference: Subject) -> bool:
     """Tell whether any tensor is stored otherwise; the header alone may differ between two writers."""
     left, right = subject.checkpoint, reference.checkpoint
     return any(not np.array_equal(left.raw(n).data, right.raw(n).data) for n in right.tensors)
-
-
-def smallest_seen(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float | None]:
-    """
-    Give (claim, kind) -> the smallest severity from which on every draw was refuted; None where there is none.
-
-    Severities at which no draw changed the file are left out.
-    """
-    out: dict[tuple[str, str], float | None] = {(str(r["claim"]), str(r["kind"])): None for r in rows}
-    for key in out:
-        own = [r for r in rows if (r["claim"], r["kind"]) == key and r["draws"]]
-        for row in sorted(own, key=lambda r: float(r["severity"]), reverse=True):
-            if row["seen"] < row["draws"]:
-                break
-            out[key] = float(row["severity"])
-    return out

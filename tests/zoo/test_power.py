@@ -8,7 +8,7 @@ import pytest
 from apr_core.engines.subject import obtain
 from apr_core.zoo import power as module
 from apr_core.zoo.acts import twin
-from apr_core.zoo.power import CLAIMS, KINDS, QUICK, SEVERITIES, draw, power, smallest_seen
+from apr_core.zoo.power import CLAIMS, KINDS, QUICK, SEVERITIES, draw, power
 
 
 def changed(kind, severity, seed):
@@ -69,12 +69,6 @@ def test_the_identity_claim_sees_every_change_of_the_file(pygmy):
     assert told == [(n, 18) for n in range(1, 19)]
     assert [r for r in rows if r["seen"] < r["draws"]] == []
     assert {(r["kind"], r["severity"]) for r in rows if r["draws"] == 0} == {("scale", 1e-4)}
-    assert smallest_seen(rows) == {
-        ("F-GT-010", "zeros"): 1e-4,
-        ("F-GT-010", "noise"): 1e-3,
-        ("F-GT-010", "scale"): 0.01,
-        ("F-GT-010", "permuted"): 1e-2,
-    }
 
 
 def test_each_claim_reports_what_it_alone_sees(pygmy):
@@ -102,27 +96,6 @@ def test_a_recipe_that_changes_nothing_is_no_defect(pygmy):
 
     assert module._killed(healthy, lambda draft: None, reference, QUICK) is None
     reference.close()
-
-
-def row(severity, seen, draws=2, claim="C", kind="noise"):
-    """One row of `power`."""
-    return {"claim": claim, "kind": kind, "severity": severity, "seen": seen, "draws": draws}
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        ([row(0.1, 2), row(1.0, 2)], 0.1),
-        ([row(1.0, 2), row(0.1, 1)], 1.0),
-        ([row(0.01, 2), row(0.1, 1), row(1.0, 2)], 1.0),
-        ([row(0.1, 1), row(1.0, 1)], None),
-        ([row(0.1, 0, 0), row(1.0, 2)], 1.0),
-        ([row(0.1, 0, 0)], None),
-    ],
-)
-def test_smallest_seen(rows, expected):
-    """From there on up every draw was seen; a severity without a real draw says nothing."""
-    assert smallest_seen(rows) == {("C", "noise"): expected}
 
 
 def test_the_default_grid_is_small():
