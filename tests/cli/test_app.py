@@ -211,7 +211,7 @@ def test_suite_hands_everything_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(runner, "run_suite", run_suite)
     options = "--model m --reference r --device cpu --only 00,20 --out o --timeout-s 5 -p seed -3 -p text a=b"
-    asked = "--peer llama.cpp --peer transformers --claim ttft_s=1"
+    asked = "--peer llama.cpp --peer transformers --claim ttft_s=1 --reuse"
     assert main(["suite", *options.split(), *asked.split()]) == 11
     assert seen == {
         "model": "m",
@@ -224,6 +224,7 @@ def test_suite_hands_everything_over(monkeypatch: pytest.MonkeyPatch) -> None:
         "skip_contract": False,
         "peers": ["llama.cpp", "transformers"],
         "claims": ["ttft_s=1"],
+        "reuse": True,
     }
     assert main(["suite"]) == 11
     assert (seen["model"], seen["parameters"]) == ("pygmy", {})
