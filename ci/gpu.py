@@ -39,6 +39,7 @@ LARGE = ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 # Mode -> module in this folder and the functions in it.
 PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "parity": ("gpu_parity", ("products", "bundled", "random_weights", "large")),
+    "bench": ("gpu_bench", ("ceilings", "kernels", "models")),
 }
 
 
@@ -187,19 +188,20 @@ def about(device: str, commit: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, run, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="run_gpu.sh", description="Parity on a CUDA device.")
+    parser = argparse.ArgumentParser(prog="run_gpu.sh", description="Parity, or rates, on a CUDA device.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the archive")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses")
     parser.add_argument("--shapes", default=",".join(LARGE), help=f"large models: {', '.join(SHAPES)}")
     parser.add_argument("--formats", default="", help="container:type of the small models, e.g. gguf:Q4_K_M; all")
     parser.add_argument("--budget-s", type=int, default=BUDGET_S, help="seconds for everything")
     parser.add_argument("--commit", default="", help="of the code, where the checkout has no repository")
+    parser.add_argument("--bench", action="store_true", help="time the fused kernels instead")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA device here; rehearse with --device cpu", file=sys.stderr)
         return Exit.UNAVAILABLE
     given.out.mkdir(parents=True, exist_ok=True)
-    mode = "parity"
+    mode = "bench" if given.bench else "parity"
     module, names = PARTS[mode]
     parts = [getattr(importlib.import_module(module), name) for name in names]
     archive = Archive(given.out / f"gpu-{mode}.tar.gz", {"mode": mode} | about(given.device, given.commit))
