@@ -1,0 +1,57 @@
+"""Evidence that was gathered on a machine with a device and is committed: shown as imported, never as a run's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from apr_core.errors import FormatError
+from apr_core.report.display import Shown, compose
+
+FOLDER = Path(__file__).resolve().parents[2] / "reports" / "gpu"
+_RATES = ("decode_tok_s", "eager_decode_tok_s", "prefill_tok_s", "share_of_read_bandwidth", "figure_tok_s", "rel_l2")
+
+
+def show_device(folder: Path = FOLDER) -> Shown:
+    """
+    Show rates on a device: graph against eager, the share of read bandwidth, and the time by kernel.
+
+    Args:
+        folder: Unpacked records of ``ci/run_gpu.sh --bench``.
+
+    Raises:
+        FormatError: A record is unreadable: silence would look like none.
+    """
+    records = [record for record in _records(folder) if record["part"] == "models"]
+    if not records:
+        return compose(["No evidence from a device: none has been imported into reports/gpu."])
+    about = sorted({f"{r.get('device_name', r['device'])}, commit {r['provenance']['commit']}" for r in records})
+    rows = [
+        {"model": r["name"], "verdict": r["verdict"], **{key: r["measured"].get(key) for key in _RATES}}
+        for r in records
+        if "decode_tok_s" in r["measured"]
+    ]
+    kernels = [
+        {"model": r["name"], **{f"{name} us": us for name, us in r["measured"]["us_by_kernel"].items()}}
+        for r in records
+        if r["measured"].get("us_by_kernel")
+    ]
+    first, second = (
+        compose([f"Imported from {'; '.join(about)}", "not measured by this run"], rows),
+        compose(["Microseconds per token by kernel"], kernels),
+    )
+    return Shown(first.html + second.html, f"{first.text}\n{second.text}")
+
+
+def _records(folder: Path) -> Iterator[Mapping[str, Any]]:
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            [body[key] for key in ("part", "name", "verdict", "measured", "device", "provenance")]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FormatError(
+                expected="a record of ci/run_gpu.sh", found=str(error), file=path, advice="unpack the archive again"
+            ) from error
+        yield body
