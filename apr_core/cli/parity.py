@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from apr_core.falsify.verdict import Verdict
     from apr_core.model.trace import Fingerprints, TracedForward
     from apr_core.parity.distribution import DistributionParity
+    from apr_core.parity.opinions import Hearing
     from apr_core.parity.pair import Pair
     from apr_core.parity.suite import Bench, SuiteReport
 
@@ -80,14 +81,22 @@ def parity(
     model: Model,
     reference: Reference = "",
     device: Device = "auto",
+    opinion: Annotated[
+        list[str] | None, typer.Option(metavar="transformers|llama.cpp", help="Also ask another implementation.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Hold every backend that runs here against the float32 reference; exit 5 when one is refuted."""
     from apr_core.cli.output import show, show_json, show_table
+    from apr_core.parity.opinions import gather, hear
 
     subject = _subject(context, "model", device)
     source = _subject(context, "reference") if reference else None
+    heard = hear(gather(subject, opinion)) if opinion else None
     body = examine_all(subject, source, device)
+    if heard is not None:
+        _join(body, heard)
+        _mark_bypass(body, subject)
     if as_json:
         show_json(body)
     else:
@@ -99,8 +108,20 @@ def parity(
             show(f"not available: {missing['backend']}: {missing['reason']}")
         if body["against_reference"]:
             show(f"against {reference}: {body['against_reference']['verdict']} {body['against_reference']['reason']}")
+        for key in ("noises", "pairs"):
+            for table in [body["opinions"][key]] if heard is not None else []:
+                show_table(list(table[0]), [[_short(v) for v in row.values()] for row in table])
         show(f"{body['model']}: {body['verdict']}; {body['reason'] or 'no backend was refuted'}")
     raise typer.Exit(_code(body["verdict"]))
+
+
+def _join(body: dict[str, Any], heard: Hearing) -> None:
+    """Put the opinions of others into the report, and their verdict into its verdict."""
+    from dataclasses import asdict
+
+    said = f"opinions: {heard.reason}" if heard.reason else ""
+    body["opinions"], body["verdict"] = asdict(heard), str(_worst([body["verdict"], heard.verdict]))
+    body["reason"] = "; ".join(part for part in (body["reason"], said) if part)
 
 
 def evaluate(

@@ -214,3 +214,11 @@ def test_a_refused_file_is_not_compared(capsys: pytest.CaptureFixture[str], refu
     for sides in (("pygmy", refused), (refused, "pygmy")):
         assert main(["rosetta", "compare-inference", *map(str, sides)]) == 5
     assert "is refused by the contract" in capsys.readouterr().err
+
+
+def test_an_opinion_is_asked_for_by_name(oracle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown peer is usage, before anything is measured; a peer that cannot read the file is a load error."""
+    assert main(["parity", "pygmy", "--opinion", "ollama"]) == 2
+    assert "transformers, llama.cpp" in capsys.readouterr().err
+    assert main(["parity", str(oracle / "mini" / "gguf" / "F16.gguf"), "--opinion", "transformers"]) == 6
+    assert "reads SafeTensors" in capsys.readouterr().err
