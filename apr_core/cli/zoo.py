@@ -145,19 +145,21 @@ def confusion(
     model: Model,
     quick: Annotated[bool, typer.Option("--quick", help="One item of sixteen.")] = False,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where to write.")] = "",
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Write docs/diagnosis.md, its figure and records.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Diagnose everything that can be planted; exit 5 when a target is missed."""
-    import json
-
     from apr_core.cli.output import note, plain, show, show_json, show_table
     from apr_core.engines.subject import ROOT
+    from apr_core.report.diagnosis import write_diagnosis
     from apr_core.zoo.confusion import measure, summarise
 
     folder = Path(out).expanduser() if out else ROOT / "reports" / "zoo"
     folder.mkdir(parents=True, exist_ok=True)
     body = plain(summarise(measure(model, quick=quick, progress=note)))
-    (folder / "diagnosis.json").write_text(json.dumps(body, indent=1, allow_nan=False), encoding="utf-8")
+    write_diagnosis(ROOT / "docs" if publish and not quick else folder, body)
     if as_json:
         show_json(body)
     else:

@@ -132,7 +132,7 @@ def explain_backend(candidate: TracedForward, reference: TracedForward, ids: Ids
     if fault is not None:
         return [chain.close(_located(fault, candidate, reference, ids, chain))]
     chain.ask("Are cached steps right?", f"yes: {ids.size - PROMPT} steps behind {PROMPT} tokens agree")
-    cause = _own_answers(candidate, reference, ids) or _repeated(candidate, ids)
+    cause = _own_answers(candidate, reference, ids) or _repeated(candidate, ids, stepped["logits"])
     return [chain.close(cause)] if cause else []
 
 
@@ -175,9 +175,10 @@ def _own_answers(candidate: TracedForward, reference: TracedForward, ids: Ids) -
     return Cause("backend-sampling", "Does it go wrong on its own answers?", answer, op="logits")
 
 
-def _repeated(candidate: TracedForward, ids: Ids) -> Cause | None:
-    """Run the same cached steps again and again."""
-    runs = [follow(candidate, ids[: PROMPT + 8], PROMPT, full=True)["logits"] for _ in range(RUNS)]
+def _repeated(candidate: TracedForward, ids: Ids, before: F32) -> Cause | None:
+    """Run the same cached steps again and again; ``before`` are the logits of the first time."""
+    ids = ids[: PROMPT + 8]
+    runs = [before[: ids.size], *(follow(candidate, ids, PROMPT, full=True)["logits"] for _ in range(RUNS))]
     changed = [n for n, logits in enumerate(runs) if not np.array_equal(logits, runs[0], equal_nan=True)]
     if not changed:
         return None

@@ -157,7 +157,7 @@ def plant(recipes: Sequence[Recipe], draft: Draft) -> tuple[Path, Path, tuple[st
             for recipe in recipes:
                 recipe(damaged)
             return folder, put_together(damaged, folder / secrets.token_hex(6)), tuple(draft.differing(damaged))
-    except (NotApplicable, ValueError, KeyError, IndexError, OSError):
+    except (NotApplicable, AprError, ValueError, KeyError, IndexError, OSError):
         # the second of two recipes may not find what the first has taken away
         shutil.rmtree(folder, ignore_errors=True)
         return None
@@ -221,7 +221,7 @@ def _noted(hook: Hook, touched: list[str]) -> Hook:
         if name == "ids":
             state["open"] = True
         changed = hook(name, values, at)
-        if changed is not None and state["open"]:
+        if state["open"] and changed is not None and not np.array_equal(changed, values, equal_nan=True):
             touched.append(name)
             state["open"] = False
         return changed
