@@ -1,8 +1,9 @@
-"""The eleven attempts of notebook 00 to refute that a model file says what it should."""
+"""The twelve attempts of notebook 00 to refute that a model file says what it should."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from apr_core.rosetta.copies import (
 from apr_core.rosetta.copies import greedy as greedy_tokens
 from apr_core.rosetta.diff import TensorDiff, compare_tensors
 from apr_core.rosetta.identity import compare_identity
+from apr_core.rosetta.passport import Passport, passport
 
 if TYPE_CHECKING:
     from apr_core.engines.subject import Subject
@@ -344,6 +346,33 @@ def same_identity_as_the_reference(subject: Subject) -> Finding:
         ],
         reference=reference.path.name,
     )
+
+
+@act("F-GT-012")
+@_of_copies
+def label_says_what_is_in_it(subject: Subject) -> Finding:
+    """Hold the label of the subject, and that of its GGUF copy, against the types of the matrices."""
+    rows: list[dict[str, object]] = []
+    whys: list[tuple[str, str]] = []
+    for which, found in _passports(subject):
+        if found.agrees is not None:
+            share = 100 * found.strange_share
+            rows.append({"file": which, "label": found.label, "by": found.label_from, "other types, %": share})
+            whys += [(f"What is not as the label of the {which} says?", line) for line in found.strange[:3]]
+    if not rows:
+        return Finding.nothing(NotRun.NOT_APPLICABLE)
+    worst = max(float(str(row["other types, %"])) for row in rows)
+    return Finding(
+        worst, len(rows), len(rows), detail=f"{len(rows)} labels", rows=rows, whys=whys, reference="llama.cpp's rules"
+    )
+
+
+def _passports(subject: Subject) -> Iterator[tuple[str, Passport]]:
+    yield "subject", passport(subject.checkpoint)
+    if subject.checkpoint.format != "gguf":
+        # of a copy that does not open F-GT-001 speaks
+        with suppress(FormatError), open_checkpoint(copies_of(subject).path("gguf")) as copy:
+            yield "gguf copy", passport(copy)
 
 
 def _attacks(tokenizer: Tokenizer) -> Iterator[tuple[str, str, int]]:

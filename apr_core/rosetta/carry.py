@@ -187,11 +187,12 @@ def writer(checkpoint: Checkpoint, types: Mapping[str, QuantFormat]) -> dict[str
 
 
 def _label(checkpoint: Checkpoint, types: Mapping[str, QuantFormat], quantize: str | None) -> dict[str, object]:
-    """Say what kind of file it is: the recipe, else what the source said, else the type of most weights."""
+    """Say what kind of file it is: the recipe, else what the source said, else the type of all matrices."""
     said = checkpoint.metadata.get("general.file_type")
     if quantize is None and isinstance(said, int) and not isinstance(said, bool):
         return {"general.file_type": said}
-    label = FILE_TYPES.get(quantize or _main_type(checkpoint, types))
+    matrices = {dtype.name for name, dtype in types.items() if len(checkpoint.tensors[name].shape) > 1}
+    label = FILE_TYPES.get(quantize or (matrices.pop() if len(matrices) == 1 else ""))
     return {} if label is None else {"general.file_type": label}
 
 

@@ -50,12 +50,14 @@ class Passport:
         types: Element type -> tensors, parameters, bytes, share of parameters, decoder.
         parameters: Of all tensors.
         bits_per_weight: Stored bits over parameters.
-        label: What ``general.file_type`` says, or the file's name where it says nothing; empty where neither does.
+        label: What ``general.file_type`` says, or the file's name where it says nothing; of two labels the one that
+            fits worse; empty where there is none.
         label_from: ``general.file_type``, ``name`` or empty.
         fallback: Share of the parameters in matrices whose type is not one of the label's; None without a label.
         agrees: Whether every matrix has the type that llama.cpp's rules give it under the label (fallbacks included);
             None without a label, or where we do not know the label's rules.
         strange: Matrices with another type than the rules give, ``name: found, expected``.
+        strange_share: Their share of the parameters of all matrices.
         distances: Per tensor against a reference, where one was given.
     """
 
@@ -67,6 +69,7 @@ class Passport:
     fallback: float | None
     agrees: bool | None
     strange: tuple[str, ...]
+    strange_share: float
     distances: Mapping[str, Distance]
 
     def as_json(self) -> dict[str, Any]:
@@ -113,11 +116,13 @@ def passport(
     """
     tensors = list(checkpoint.tensors.values())
     parameters = sum(prod(info.shape) for info in tensors)
-    label, label_from = _label(checkpoint)
+    judged = [(*said, _strange(checkpoint, said[0])) for said in _labels(checkpoint)]
+    # of two labels the one that fits worse; the key where they fit alike
+    label, label_from, strange = max(judged, key=lambda j: sum((j[2] or {}).values()), default=("", "", None))
     matrices = {info.name: info for info in tensors if len(info.shape) > 1}
     meant = _MEANT.get(label)
     other = sum(prod(info.shape) for info in matrices.values() if meant and info.dtype.name not in meant)
-    strange = _strange(checkpoint, label)
+    inside = sum(prod(info.shape) for info in matrices.values())
     return Passport(
         _histogram(checkpoint, parameters),
         parameters,
@@ -126,7 +131,8 @@ def passport(
         label_from,
         other / parameters if meant and parameters else None,
         None if strange is None else not strange,
-        strange or (),
+        tuple(strange or ()),
+        sum((strange or {}).values()) / inside if inside else 0.0,
         distances(checkpoint, reference, progress=progress) if reference is not None else {},
     )
 
@@ -143,25 +149,30 @@ def _histogram(checkpoint: Checkpoint, parameters: int) -> dict[str, dict[str, A
     return dict(sorted(rows.items(), key=lambda item: -item[1]["parameters"]))
 
 
-def _label(checkpoint: Checkpoint) -> tuple[str, str]:
-    """Read the label: the key, else the file's name, else nothing."""
+def _labels(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """Read what the file is called, the key first, then its name."""
+    found = []
     said = checkpoint.metadata.get("general.file_type")
     if isinstance(said, int) and not isinstance(said, bool):
-        return _LABELS.get(said, f"file type {said}"), "general.file_type"
-    found = _IN_NAME.findall(checkpoint.path.stem.upper())
-    return (found[-1], "name") if found else ("", "")
+        found.append((_LABELS.get(said, f"file type {said}"), "general.file_type"))
+    named = _IN_NAME.findall(checkpoint.path.stem.upper())
+    return [*found, (named[-1], "name")] if named else found
 
 
-def _strange(checkpoint: Checkpoint, label: str) -> tuple[str, ...] | None:
-    """List the matrices that the label's rules would have stored otherwise; None where the rules are not ours."""
+def _strange(checkpoint: Checkpoint, label: str) -> dict[str, int] | None:
+    """
+    Find the matrices that the label's rules would have stored otherwise: ``name: found, expected`` -> parameters.
+
+    None where the rules are not ours.
+    """
     layers = (checkpoint.config or {}).get("num_hidden_layers")
     if label not in RECIPES or not isinstance(layers, int):
         return None
     tied = "lm_head.weight" not in checkpoint.tensors
-    found = []
+    found = {}
     for name, info in checkpoint.tensors.items():
         if len(info.shape) > 1:
             expected = tensor_type(label, name, info.shape, num_hidden_layers=layers, tied=tied)
             if info.dtype is not expected:
-                found.append(f"{name}: {info.dtype}, expected {expected}")
-    return tuple(found)
+                found[f"{name}: {info.dtype}, expected {expected}"] = prod(info.shape)
+    return found

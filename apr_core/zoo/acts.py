@@ -20,14 +20,18 @@ from typing import Any
 import numpy as np
 
 from apr_core.contract.admit import Admission, admit
-from apr_core.contract.gates import judge_span, load_gates
+from apr_core.contract.gates import judge_generation, judge_span, load_gates
 from apr_core.contract.layout import role_of
 from apr_core.contract.types import ValidatedWeight
 from apr_core.dtypes import FORMATS
 from apr_core.engines.subject import Subject
+from apr_core.engines.wrap import At, wrap
 from apr_core.errors import AprError, ContractViolation
 from apr_core.falsify.finding import Finding, act
+from apr_core.falsify.verdict import NotRun
 from apr_core.formats.checkpoint import open_checkpoint
+from apr_core.model.generate import padding_of
+from apr_core.rosetta.copies import BROKE_OFF, greedy, greedy_prompts
 from apr_core.zoo.draft import Draft, put_together, take_apart
 from apr_core.zoo.plants import BENIGN, DEFECTS, DOWN, EMBED
 from apr_core.zoo.registry import Recipe
@@ -233,6 +237,40 @@ def byte_length(subject: Subject) -> Finding:
         detail=f"{caught} of {tried} counter-examples caught",
         rows=rows,
         whys=[*finding.whys, ("Which lengths passed?", "; ".join(missed))] if missed else finding.whys,
+    )
+
+
+@act("F-LAYOUT-CONTRACT-005")
+def padding(subject: Subject) -> Finding:
+    """Judge greedy continuations of the subject, and of itself with a head that prefers rows that are no token."""
+    model, tokenizer = subject.model, subject.tokenizer
+    assert tokenizer is not None  # the claim needs one, and `act` has looked
+    reserved = np.arange(model.config.vocab_size) >= tokenizer.vocab_size
+    if not reserved.any():  # every id is text: there is nothing that could be repeated
+        return Finding.nothing(NotRun.NOT_APPLICABLE)
+
+    def prefer(name: str, values: np.ndarray[Any, Any], at: At) -> np.ndarray[Any, Any] | None:
+        return np.where(reserved, values + 1e3, values) if name == "logits" else None
+
+    rows: list[dict[str, object]] = []
+    for on, candidate in (("subject", model), ("counter-example", wrap(model, prefer))):
+        for number, prompt in enumerate(greedy_prompts(subject)):
+            ids = [id_ for id_ in greedy(candidate, prompt, subject.max_new_tokens) if id_ != BROKE_OFF]
+            found = judge_generation(ids, padding_of(candidate))
+            said = "; ".join(v.message for v in found) or "none"
+            rows.append({"on": on, "prompt": number, "tokens": len(ids), "violations": len(found), "outcome": said})
+    mine, planted_ = ([r for r in rows if r["on"] == on] for on in ("subject", "counter-example"))
+    broken, missed = [r for r in mine if r["violations"]], [r for r in planted_ if not r["violations"]]
+    whys = [("What does it repeat?", f"prompt {r['prompt']}: {r['outcome']}") for r in broken]
+    whys += [("Why is the gate itself refuted?", "it let reserved rows pass")] if missed else []
+    return Finding(
+        value=float(len(broken) + len(missed)),
+        compared=len(rows),
+        expected=len(rows),
+        detail=f"{len(planted_) - len(missed)} of {len(planted_)} counter-examples caught",
+        rows=rows,
+        whys=whys,
+        reference="the subject with a head that prefers reserved rows",
     )
 
 

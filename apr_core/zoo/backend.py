@@ -248,6 +248,11 @@ def _tail(share: int) -> Edit:
     return _heads(edit)
 
 
+def _loud(rows: int) -> Edit:
+    """Let the last rows of the head outscore all others."""
+    return lambda x, seen: np.where(np.arange(x.shape[1]) >= x.shape[1] - rows, x.max(1, keepdims=True) + 1, x)
+
+
 def _modulo(heads: F32, seen: Seen) -> Any:
     """Deal query heads to key-value heads as h % n instead of h // group."""
     kv = seen.config.num_key_value_heads
@@ -505,6 +510,21 @@ def _class(head: tuple[str, str, str, tuple[str, ...]], *rows: tuple[Any, ...]) 
         yield Defect(f"{klass}-{name}", klass, what, source, cause, own, hook=_on(names, edit, where))
 
 
+_HEAD = (
+    *_class(
+        ("head-tail", "layout", "GH-202", ("F-LAYOUT-CONTRACT-005",)),
+        ("garbage", "the last tile of the head holds what lay in memory before", "logits", _loud(16)),
+        ("row", "the head reads one row too far", "logits", _loud(1)),
+        (
+            "in-decode",
+            "the last tile of the head is garbage in cached steps",
+            "logits",
+            _loud(16),
+            _decode,
+            ("F-LAYOUT-CONTRACT-005", "F-PAR-003"),
+        ),
+    ),
+)
 _POSITIONS = (
     *_class(
         ("rope-missing", "backend-position", "Round 48, PMAT-216", _SEE),
@@ -839,4 +859,4 @@ _ANSWERS = (
     ),
 )
 
-DEFECTS: tuple[Defect, ...] = (*_POSITIONS, *_ATTENTION, *_CACHE, *_KERNELS, *_ANSWERS)
+DEFECTS: tuple[Defect, ...] = (*_HEAD, *_POSITIONS, *_ATTENTION, *_CACHE, *_KERNELS, *_ANSWERS)

@@ -103,6 +103,22 @@ def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(after)
 
 
+def labelled(dtype: str, *, key: int | None = None, name: str = "model") -> Recipe:
+    """Write a GGUF of one type whose ``general.file_type`` or whose name says another."""
+
+    def change(data: bytes) -> bytes:
+        at = data.index(b"general.file_type") + len(b"general.file_type") + 4
+        return data[:at] + (key or 0).to_bytes(4, "little") + data[at + 4 :]
+
+    def recipe(draft: Draft) -> None:
+        stored_as(draft, "gguf", dtype)
+        draft.stem = f"{name}.{{container}}"
+        if key is not None:
+            draft.after.append(lambda path: _rewrite(path, change))
+
+    return recipe
+
+
 def parted(data: bytes) -> tuple[Header, bytes]:
     """Cut a SafeTensors file into its header and its data section."""
     end = 8 + int.from_bytes(data[:8], "little")

@@ -82,6 +82,17 @@ def zero_rows(start: float, stop: float) -> Edit:
     return lambda v, _: v.__setitem__(slice(int(len(v) * start), int(len(v) * stop)), 0)
 
 
+def loud_rows(size: float) -> Edit:
+    """Make the last two rows opposite, each so long that one of them outscores every other row."""
+
+    def edit(values: Values, _: Draft) -> None:
+        longest = np.linalg.norm(values, axis=1).max()
+        values[-1] = 20 * size * longest / np.sqrt(values.shape[1])
+        values[-2] = -values[-1]
+
+    return edit
+
+
 def every_third(factor: float) -> Edit:
     """Scale each third row, but for those that the spot check reads."""
 

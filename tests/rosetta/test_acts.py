@@ -1,4 +1,4 @@
-"""Each of the eleven claims: corroborated on a healthy model, and red on the fault that it exists for."""
+"""Each of the twelve claims: corroborated on a healthy model, and red on the fault that it exists for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from apr_core.dtypes import FORMATS
 from apr_core.engines.subject import Subject
 from apr_core.errors import InferenceError
 from apr_core.falsify.claims import claims_of
@@ -22,6 +23,7 @@ from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.model import tokens
 from apr_core.rosetta import acts, chatml, copies
 from apr_core.rosetta.convert import convert
+from apr_core.zoo.draft import put_together, take_apart
 
 Edit = Callable[..., Path]
 Open = Callable[..., Subject]
@@ -42,7 +44,7 @@ def test_every_claim_of_the_notebook_has_its_act() -> None:
 
 
 def test_the_bundled_model_holds(pygmy: Path, tmp_path: Path, open_subject: Open) -> None:
-    """The default run: nine claims corroborated, the two about a reference not run, every record writable."""
+    """The default run: ten claims corroborated, the two about a reference not run, every record writable."""
     subject = open_subject(pygmy, max_new_tokens=16)
     held = Round("00_ground_truth", subject.record, tmp_path, parameters={}, provenance={})
     for claim in claims_of("00_ground_truth"):
@@ -65,7 +67,7 @@ def test_a_gguf_of_the_bundled_model_holds_against_it(pygmy: Path, tmp_path: Pat
 def test_no_canonical_line_holds_a_number_that_differs_from_machine_to_machine(tiny: Path, open_subject: Open) -> None:
     """Details are integers and words."""
     subject = open_subject(tiny)
-    for claim in ("F-GT-001", "F-GT-002", "F-GT-003", "F-GT-004", "F-GT-005"):
+    for claim in ("F-GT-001", "F-GT-002", "F-GT-003", "F-GT-004", "F-GT-005", "F-GT-012"):
         verdict, finding = judged(claim, subject)
         assert verdict is Verdict.CORROBORATED, (claim, finding.whys)
         assert "." not in finding.detail
@@ -484,3 +486,35 @@ def test_a_bypassed_subject_is_never_corroborated(tiny: Path, open_subject: Open
 def test_conversations_are_many() -> None:
     """The comparison of templates is not one conversation."""
     assert len(chatml.CONVERSATIONS) >= 6
+
+
+@pytest.mark.parametrize(
+    ("name", "quantize", "key", "verdict"),
+    [
+        ("model-Q8_0.gguf", "Q8_0", None, Verdict.CORROBORATED),
+        ("model-Q4_K_M.gguf", "Q8_0", None, Verdict.FALSIFIED),
+        ("model.gguf", "Q8_0", 15, Verdict.FALSIFIED),
+        ("model.gguf", "Q8_0", 30, Verdict.NOT_RUN),
+    ],
+)
+def test_a_label_is_held_against_the_content(
+    tiny: Path, tmp_path: Path, open_subject: Open, name: str, quantize: str, key: int | None, verdict: Verdict
+) -> None:
+    """By the name, by the key; a kind of file whose rules are not ours is left alone."""
+    path = convert(tiny, tmp_path / name, quantize=quantize)
+    if key is not None:
+        data, word = path.read_bytes(), b"general.file_type"
+        at = data.index(word) + len(word) + 4
+        path.write_bytes(data[:at] + key.to_bytes(4, "little") + data[at + 4 :])
+    found, finding = judged("F-GT-012", open_subject(path))
+    assert found is verdict
+    assert bool(finding.whys) == (verdict is Verdict.FALSIFIED)
+
+
+def test_a_copy_of_mixed_types_gets_no_label(tiny: Path, tmp_path: Path) -> None:
+    """A file of two types is neither; before, the type of most weights gave it a name."""
+    with open_checkpoint(tiny) as whole:
+        draft = take_apart(whole)
+    draft.dtypes |= {name: FORMATS["F32"] for name in draft.dtypes if "mlp" in name}
+    with open_checkpoint(convert(put_together(draft, tmp_path / "mixed"), tmp_path / "mixed.gguf")) as opened:
+        assert "general.file_type" not in opened.metadata

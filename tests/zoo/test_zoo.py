@@ -11,6 +11,7 @@ import pytest
 from apr_core.contract.admit import admit
 from apr_core.dtypes import FORMATS
 from apr_core.engines.subject import Subject, obtain
+from apr_core.engines.wrap import wrap
 from apr_core.falsify.claims import claims_of
 from apr_core.falsify.finding import ACTS, Finding
 from apr_core.falsify.verdict import Verdict
@@ -19,7 +20,8 @@ from apr_core.zoo import acts
 from apr_core.zoo.draft import put_together, take_apart
 from apr_core.zoo.plants import BENIGN, DEFECTS, DOWN
 
-GATES = [c.id for c in claims_of("10_contract_gates")]
+PADDING = "F-LAYOUT-CONTRACT-005"  # judged on generated text, which the twin has none of
+GATES = [c.id for c in claims_of("10_contract_gates") if c.id != PADDING]
 
 
 @pytest.fixture
@@ -156,3 +158,35 @@ def test_findings_are_replaced_not_edited(healthy):
     assert isinstance(replace(finding, value=1.0), Finding)
     with pytest.raises(AttributeError):
         finding.value = 0.0
+
+
+@pytest.fixture
+def speaking():
+    """The bundled model: the twin is untrained and has no words."""
+    subject = obtain("pygmy", max_new_tokens=16)
+    yield subject
+    subject.close()
+
+
+def test_what_the_bundled_model_generates_is_no_padding(speaking, healthy):
+    """It speaks, and its copy with a loud tail of the head is caught; the silent twin says why it was left alone."""
+    finding = ACTS[PADDING](speaking)
+
+    assert finding.judge() == (Verdict.CORROBORATED, "")
+    assert [row["violations"] for row in finding.rows] == [0, 0, 1, 1]
+    assert ACTS[PADDING](healthy).judge()[0] is Verdict.NOT_RUN
+
+
+def test_a_model_that_repeats_padding_is_falsified(speaking, monkeypatch):
+    """Both halves of the claim: a subject that prefers reserved rows, and a gate that lets them pass."""
+
+    def prefer(name, values, at):
+        return np.where(np.arange(values.shape[-1]) == 1020, values + 1e3, values) if name == "logits" else None
+
+    with monkeypatch.context() as patch:
+        patch.setitem(speaking.__dict__, "model", wrap(speaking.model, prefer))
+        finding = ACTS[PADDING](speaking)
+        assert finding.judge()[0] is Verdict.FALSIFIED
+        assert "16 padding tokens in a row" in finding.whys[0][1]
+    monkeypatch.setattr(acts, "judge_generation", lambda ids, padding: [])
+    assert ACTS[PADDING](speaking).judge()[0] is Verdict.FALSIFIED
