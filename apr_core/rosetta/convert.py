@@ -272,6 +272,7 @@ def _source(checkpoint: Checkpoint, info: TensorInfo, dtype: QuantFormat) -> Ten
         data = checkpoint.raw(info.name).data
         for start in range(0, data.size, _CHUNK_BYTES):
             yield data[start : start + _CHUNK_BYTES]
+        checkpoint.release(info.name)
 
     def recoded() -> Iterator[NDArray[np.uint8]]:
         # a type that is not laid out by rows has one scale, or one stream of blocks, for the whole tensor
@@ -282,6 +283,7 @@ def _source(checkpoint: Checkpoint, info: TensorInfo, dtype: QuantFormat) -> Ten
                 yield encode(values, dtype)
             except UsageError as error:
                 raise UsageError(f"{error.message}, tensor {info.name} in {info.file}", advice=error.advice) from error
+        checkpoint.release(info.name)
 
     return TensorSource(info.name, dtype, info.shape, passed if dtype is info.dtype else recoded)
 

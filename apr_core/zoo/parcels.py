@@ -1,7 +1,9 @@
 """
 Damage to how a model is packed: split files and shards, compression, lying headers, executable content.
 
-Every file here must be refused before anything of it is used; the healthy ways to pack are among the benign twins.
+Every file here must be refused before anything of it is used; the healthy ways to pack are among the benign twins. A
+pickle in the place of weights is refused; one beside them is legal (the twin ``pickle-beside``), and inspect and lint
+name it.
 """
 
 from __future__ import annotations
@@ -352,7 +354,7 @@ DEFECTS: tuple[Defect, ...] = (
         Row("apr-count-less", "an APR counts one tensor", written(lambda data: sealed(data, count=1), "apr")),
         Row("apr-count-more", "an APR counts a million tensors",
             written(lambda data: sealed(data, count=10**6), "apr"))),
-    *family("pickle-inventory", "container", "peers S13", PREFLIGHT,
+    *family("pickle-for-weights", "container", "peers S13", PREFLIGHT,
         Row("pickle-as-safetensors", "model.safetensors is a pickle", written(_pickled)),
         Row("torch-as-gguf", "a GGUF is what torch.save writes", written(_torch_zip, "gguf")),
         Row("pickle-alone", "the only weights are pytorch_model.bin", lambda draft: draft.after.append(_as_bin)),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,11 +18,14 @@ import pytest
 from apr_core.cli import qa
 from apr_core.cli.app import main
 from apr_core.cli.qa import NAMES, Examination, Order, Outcome, SkippedGate
-from apr_core.engines.subject import obtain
+from apr_core.contract.admit import admit
+from apr_core.engines.subject import BUNDLED, obtain
 from apr_core.engines.wrap import At, wrap
 from apr_core.errors import InferenceError
+from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.model.tokens import prepare_tokens
 from apr_core.peers import rates
+from apr_core.zoo.draft import put_together, take_apart
 
 Body = dict[str, Any]
 QUICK = ["--iterations", "1", "-n", "4"]
@@ -400,3 +405,47 @@ def test_asked_gates_follow_from_the_options() -> None:
     order = Order("m", reference="r", device="cuda", limits={"throughput": 1.0})
     assert order.asked == {"format_parity", "throughput", "gpu_speedup", "ptx_parity", "gpu_state_isolation"}
     assert replace(order, skip=("throughput",)).asked == order.asked - {"throughput"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "broken"),
+    [
+        ("rope_theta_low", {"rope_theta": 10000.0}),
+        ("rope_theta_low", {"rope_theta": None}),
+        ("rope_theta_high", {"rope_theta": 1.1e8}),
+        ("rms_norm_eps_low", {"rms_norm_eps": 1e-13}),
+        ("rms_norm_eps_high", {"rms_norm_eps": 0.011}),
+        ("context_low", {"max_position_embeddings": 127}),
+        ("context_high", {"max_position_embeddings": 1048577}),
+        ("heads_per_kv_head", {"num_attention_heads": 8, "num_key_value_heads": 3}),
+        ("hidden_per_head", {"num_attention_heads": 6}),
+        ("vocab_rows", {"vocab_size": 1023}),
+        ("end_tokens_outside", {"eos_token_id": 1024}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_rule_of_the_metadata_gate_alone_is_red(rule: str, broken: Body, tmp_path: Path) -> None:
+    """One field of the configuration is broken, and one violation of the gate says which rule; mended, it passes."""
+    shutil.copytree(BUNDLED["pygmy"], tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    healthy = json.loads(config.read_text(encoding="utf-8"))
+    for body, rules in ((healthy | broken, [rule]), (healthy, [])):
+        config.write_text(json.dumps({k: v for k, v in body.items() if v is not None}), encoding="utf-8")
+        admission = admit(tmp_path / "m")
+        found = qa._metadata(Examination(Order("m"), cast(Any, SimpleNamespace(admission=admission))))
+        violations = [v for v in admission.violations if v.gate == "F-CONFIG-PLAUSIBLE-001"]
+        assert (found.holds, found.value) == (not rules, len(rules))
+        assert [v.rule for v in violations] == rules
+        assert all(v.message in found.message for v in violations)
+
+
+def test_more_tokens_than_rows_is_red(tmp_path: Path) -> None:
+    """The rule that only a container with its own vocabulary can break: a GGUF of more tokens than embedding rows."""
+    draft = take_apart(open_checkpoint(BUNDLED["pygmy"]))
+    draft.weights["model.embed_tokens.weight"] = draft.weights["model.embed_tokens.weight"][:1000]
+    draft.config["vocab_size"], draft.container = 1000, "gguf"
+    path = put_together(draft, tmp_path / "m")
+    admission = admit(path)
+    found = qa._metadata(Examination(Order("m"), cast(Any, SimpleNamespace(admission=admission))))
+    assert not found.holds
+    assert "tokens_over_rows" in [v.rule for v in admission.violations]

@@ -18,7 +18,6 @@ def test_there_are_seventeen() -> None:
         assert bool(tool.passes) == bool(tool.fails) == (tool.name not in ("serve", "tune", "pull"))
 
 
-@pytest.mark.slow
 def test_every_tool_of_the_registry_is_covered(capsys: pytest.CaptureFixture[str]) -> None:
     """The whole command: what is missing is what the registry lacks, nothing is broken."""
     assert main(["tools", "--json"]) == 0

@@ -8,11 +8,11 @@ import gguf
 import numpy as np
 import pytest
 
+from apr_core.cli import inspect, lint
 from apr_core.contract.admit import admit
 from apr_core.engines.subject import BUNDLED
 from apr_core.errors import AprError
 from apr_core.formats.checkpoint import open_checkpoint
-from apr_core.formats.executables import find_executables
 from apr_core.zoo import benign, parcels
 from apr_core.zoo.draft import Draft, put_together, take_apart
 from apr_core.zoo.edits import EMBEDDING
@@ -116,9 +116,14 @@ def test_split_parts_are_read_by_the_gguf_package(healthy: Draft, tmp_path: Path
 
 
 def test_the_pickle_beside_is_listed(healthy: Draft, tmp_path: Path) -> None:
-    """It raises no alarm, and the inventory knows it."""
-    planted(parcels._stored("safetensors", parcels.pickle_beside), healthy, tmp_path / "m")
-    assert [name for name, _ in find_executables(tmp_path / "m")] == ["pytorch_model.bin"]
+    """It raises no alarm; inspect and lint name it, and neither names anything where there is none."""
+    clean, beside = tmp_path / "clean", tmp_path / "beside"
+    planted(parcels._stored("safetensors", lambda path: None), healthy, clean)
+    planted(parcels._stored("safetensors", parcels.pickle_beside), healthy, beside)
+    found = {path: [f["says"] for f in lint.findings(str(path))["findings"]] for path in (clean, beside)}
+    assert [[m for m in said if "pytorch_model.bin" in m] != [] for said in found.values()] == [False, True]
+    listed = [inspect.describe(str(path)).get("executables", []) for path in (clean, beside)]
+    assert [[entry["name"] for entry in one] for one in listed] == [[], ["pytorch_model.bin"]]
 
 
 @pytest.mark.parametrize("name", TWINS)
