@@ -82,7 +82,7 @@ ALL_NOT_RUN = {c.id: NotRun.REFUSED for c in CLAIMS}
         ),
         ({"F-GT-002": {"compared": 0}}, (), Verdict.INCONCLUSIVE, Exit.INCONCLUSIVE, "undecided: F-GT-002"),
         ({"F-GT-002": None}, (), Verdict.INCONCLUSIVE, Exit.INCONCLUSIVE, "undecided: F-GT-002"),
-        ({"F-GT-010": NotRun.NO_REFERENCE}, (), Verdict.CORROBORATED, Exit.OK, "10 claims held, 1 not run"),
+        ({"F-GT-010": NotRun.NO_REFERENCE}, (), Verdict.CORROBORATED, Exit.OK, "11 claims held, 1 not run"),
         (
             {"F-GT-010": NotRun.NO_REFERENCE},
             ("reference",),
@@ -90,7 +90,7 @@ ALL_NOT_RUN = {c.id: NotRun.REFUSED for c in CLAIMS}
             Exit.INCONCLUSIVE,
             "not run: F-GT-010",
         ),
-        ({"F-GT-010": NotRun.NO_REFERENCE}, ("cuda",), Verdict.CORROBORATED, Exit.OK, "10 claims held, 1 not run"),
+        ({"F-GT-010": NotRun.NO_REFERENCE}, ("cuda",), Verdict.CORROBORATED, Exit.OK, "11 claims held, 1 not run"),
         ({"F-GT-001": NotRun.NOT_OPENED}, (), Verdict.INCONCLUSIVE, Exit.INCONCLUSIVE, "not run: F-GT-001"),
         (ALL_NOT_RUN, (), Verdict.INCONCLUSIVE, Exit.INCONCLUSIVE, "not run: every claim"),
         ({c.id: None for c in CLAIMS}, (), Verdict.INCONCLUSIVE, Exit.INCONCLUSIVE, "undecided: F-GT-001, F-GT-002"),
