@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apr_core.engines.cuda import attest
-from apr_core.engines.load import load_model
+from apr_core.engines.load import ENGINES, build, load_model
 from apr_core.engines.subject import Subject
+from apr_core.errors import Unavailable
 from apr_core.falsify.claims import load_claims
 from apr_core.falsify.finding import Finding, act
 from apr_core.falsify.verdict import holds
@@ -21,7 +22,7 @@ from apr_core.model.trace import Trace, TracedForward, mandatory_names
 from apr_core.parity import explain
 from apr_core.parity.compare import LOGITS, ParityReport, compare
 from apr_core.parity.distribution import DistributionParity, top_margin
-from apr_core.parity.floor import FACTOR, Floor, honest_floor, path
+from apr_core.parity.floor import FACTOR, Floor, honest_floor, noise_floor, path
 from apr_core.parity.pair import Yardstick, incomparable, yardstick
 from apr_core.parity.tolerances import CONTRACT, QUANTISED_TAU, allowed, decisive_margin, flip_budget
 
@@ -271,6 +272,37 @@ def floor(subject: Subject) -> Floor:
 def _honest_floor(subject: Subject) -> Floor:
     ids = _stimulus(subject, POSITIONS)
     return honest_floor(subject.admission.require(), path(ids, ids.size))
+
+
+def floor_rows(subject: Subject) -> list[dict[str, object]]:
+    """Return the noise floor and the limit of each name; nothing for a refused model."""
+    return [] if subject.refusal is not None else floor(subject).rows()
+
+
+def backend_rows(subject: Subject) -> list[dict[str, object]]:
+    """
+    Hold every other engine of this processor against the reference on one prefill; nothing for a refused model.
+
+    `speed` rounds activations to 8 bits on purpose and is held to what that costs the reference (decision 0012).
+    """
+    if subject.refusal is not None:
+        return []
+    validated, ids, rows = subject.admission.require(), _stimulus(subject, POSITIONS), list[dict[str, object]]()
+    run, names = path(ids, ids.size), mandatory_names(subject.model.config.num_hidden_layers)
+    truth = run(subject.model)
+    for precision in sorted(p for p, device in ENGINES if device == "cpu" and p != "reference"):
+        limits = (noise_floor(validated, run, "speed") if precision == "speed" else floor(subject)).limits
+        try:
+            found = run(build(subject.admission, precision=precision))
+        except Unavailable as error:
+            rows.append({"engine": precision, "verdict": f"not available: {error}"})
+            continue
+        report = compare(truth, found, expect=names, tau=decisive_margin(truth[LOGITS], limits[LOGITS])).only(*names)
+        verdict, _ = report.judge(limits, fewest=FEWEST)
+        first = str(report.first_divergence(limits) or "none")
+        worst = {"rel_l2": report.required_tolerance, "over_limit": report.over(limits)}
+        rows.append({"engine": precision, "verdict": str(verdict), **worst, "first_divergence": first})
+    return rows
 
 
 def decision_limit(subject: Subject) -> float:

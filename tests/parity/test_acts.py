@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from apr_core.engines.cuda import Attestation
 from apr_core.engines.subject import Subject, obtain
+from apr_core.errors import Unavailable
 from apr_core.falsify.claims import claims_of
 from apr_core.falsify.finding import ACTS, Finding
 from apr_core.falsify.verdict import Verdict
@@ -396,3 +397,24 @@ def test_deep_table_keeps_the_worst_name_of_each_layer() -> None:
     assert {row["limit"] for row in rows} == {4e-6}
     assert len(rows) == 42
     assert {r["op"] for r in rows} == {"v", "final_hidden", "logits"}
+
+
+def test_engines_against_the_reference_and_nothing_for_a_refused_model(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that is wrong is refuted with its place, one that is not there is named."""
+    wrong = Tampered(obtain(str(subject.path), device="cpu").model, on("layers.1.k", late_scale))
+
+    def build(admission: Any, precision: str) -> Any:
+        if precision == "speed":
+            raise Unavailable("no numba")
+        return wrong
+
+    monkeypatch.setattr(acts, "build", build)
+    exact, speed = acts.backend_rows(subject)
+    assert exact["verdict"] == "FALSIFIED"
+    assert str(exact["first_divergence"]).startswith("layers.1.k at position 1")
+    assert "no numba" in speed["verdict"]
+    assert [row["name"] for row in acts.floor_rows(subject)][-1] == "logits"
+    monkeypatch.setattr(Subject, "refusal", "F-X on t")
+    assert acts.backend_rows(subject) == acts.floor_rows(subject) == []
