@@ -38,7 +38,7 @@ BUDGET_S = 540
 LARGE = ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 # Mode -> module in this folder and the functions in it.
 PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "parity": ("gpu_parity", ("products", "bundled", "random_weights", "large")),
+    "parity": ("gpu_parity", ("products", "bundled", "large", "random_weights")),
     "bench": ("gpu_bench", ("ceilings", "kernels", "models")),
 }
 

@@ -82,8 +82,8 @@ def test_a_bare_checkout_rehearses_without_the_heavy_packages(root: Path, tmp_pa
     assert [name[3:] for name in found] == [
         "products-tf32.json",
         "bundled-pygmy-apr-AprQ4.json",
-        "random_weights-random-apr-AprQ4.json",
         "large-pygmy.json",
+        "random_weights-random-apr-AprQ4.json",
     ]
     for name, record in found.items():
         assert (record["verdict"], record["reason"]) in (
@@ -94,7 +94,7 @@ def test_a_bare_checkout_rehearses_without_the_heavy_packages(root: Path, tmp_pa
         assert record["provenance"]["packages"]["apr_core"] == "absent"
         for finding in ("parity", "repeatability", "streaming") if "products" not in name else ():
             assert record["measured"][finding]["reason"] == ""
-    model = found["03-large-pygmy.json"]
+    model = found["02-large-pygmy.json"]
     assert model["measured"]["types"] == ["F32", "Q4_K", "Q6_K"]
     assert model["measured"]["parity"]["within_aim"]
     assert model["measured"]["streaming"]["compared"] > 72 * 1024

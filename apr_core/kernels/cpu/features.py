@@ -46,7 +46,10 @@ def instructions() -> frozenset[str]:
 @functools.cache
 def has_numba() -> bool:
     """Say whether the compiler is installed; without it there is the reference and nothing faster."""
-    return importlib.util.find_spec("numba") is not None
+    try:
+        return importlib.util.find_spec("numba") is not None
+    except ImportError:  # a finder that refuses it by name
+        return False
 
 
 def available_paths() -> tuple[str, ...]:

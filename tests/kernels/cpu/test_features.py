@@ -68,3 +68,13 @@ def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delattr(features.os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(features.os, "cpu_count", lambda: None)
     assert features.available_cores() == 1
+
+
+def test_a_compiler_that_an_import_hook_refuses_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for it raises there, and the reference runs all the same."""
+
+    def refuse(name: str) -> None:
+        raise ModuleNotFoundError(f"{name} is denied", name=name)
+
+    monkeypatch.setattr("importlib.util.find_spec", refuse)
+    assert not features.has_numba.__wrapped__()
