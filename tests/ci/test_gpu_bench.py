@@ -14,7 +14,10 @@ from apr_core.contract.layout import Geometry
 from apr_core.kernels.gpu import has_triton
 from apr_core.model.synth import SHAPES, Shape, synthesise
 
-pytestmark = pytest.mark.skipif(not has_triton(), reason="NOT_RUN: triton is not installed")
+pytestmark = [
+    pytest.mark.no_cover,  # a tracer takes several times as long as the interpreter
+    pytest.mark.skipif(not has_triton(), reason="NOT_RUN: triton is not installed"),
+]
 
 
 @pytest.fixture

@@ -27,6 +27,9 @@ from tests.model.conftest import write_tiny
 
 pytestmark = pytest.mark.skipif(not kernels.has_triton(), reason="NOT_RUN: triton is not installed")
 
+# A tracer takes several times as long as the interpreter; `test_a_step_is_five_kernels_per_layer` runs the same lines.
+interpreted = pytest.mark.no_cover
+
 VOCAB = 70
 SHAPE = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCAB, "eos_token_id": 3, "bos_token_id": 2}
 LIMITS = {"exact": 1e-5, "speed": 6e-2}
@@ -68,6 +71,7 @@ def _engine(validated: ValidatedModel, precision: str = "exact", **options: Any)
     return gpu.GpuQwen2(validated, precision, device="cpu", **options)
 
 
+@interpreted
 @pytest.mark.parametrize("precision", ["exact", "speed"])
 def test_prompts_and_steps_follow_the_reference(validated: ValidatedModel, reference: Qwen2, precision: str) -> None:
     """A prompt, a step, tokens on top; every mandatory name; and the trace leaves the logits' bits alone."""
@@ -87,6 +91,7 @@ def test_prompts_and_steps_follow_the_reference(validated: ValidatedModel, refer
     assert engine.backend == f"gpu {precision}"
 
 
+@interpreted
 @pytest.mark.parametrize("dtype", ["q4_k_m", "q8_0", "bf16"])
 def test_stored_types_follow_the_reference(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a recipe mixes in one file, in the one layer that all of it goes through."""
@@ -101,6 +106,7 @@ def test_stored_types_follow_the_reference(tmp_path: Path, dtype: str, monkeypat
     )
 
 
+@interpreted
 def test_a_head_of_its_own_and_no_biases(tmp_path: Path) -> None:
     """The table is packed beside the head; the last logits alone are those of the whole."""
     folder = write_tiny(tmp_path, tokenizer=False, tie_word_embeddings=False, **SHAPE)
@@ -131,6 +137,7 @@ class Recorder:
         return replay
 
 
+@interpreted
 def test_one_graph_per_memory_of_a_cache(shallow: ValidatedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured once, replayed per step, inherited by the next cache, made anew where the cache outgrows its memory."""
     monkeypatch.setattr(gpu, "_SMALLEST", 2)
@@ -154,6 +161,7 @@ def test_one_graph_per_memory_of_a_cache(shallow: ValidatedModel, monkeypatch: p
     assert device.captures == 2
 
 
+@interpreted
 def test_tokens_stay_on_the_device(shallow: ValidatedModel) -> None:
     """Chosen there, they are the largest logits of the reference, step by step."""
     engine = _engine(shallow)
@@ -166,6 +174,7 @@ def test_tokens_stay_on_the_device(shallow: ValidatedModel) -> None:
         engine.greedy(cache, 1, 1000)
 
 
+@interpreted
 def test_nothing_left_over_is_read(shallow: ValidatedModel) -> None:
     """Whatever the buffers hold before a step, NaN included, its bits are the same."""
     engine = _engine(shallow)
@@ -180,6 +189,7 @@ def test_nothing_left_over_is_read(shallow: ValidatedModel) -> None:
     np.testing.assert_array_equal(engine.forward(IDS[:1]), clean)
 
 
+@interpreted
 @pytest.mark.parametrize("precision", ["exact", "speed"])
 def test_a_nan_reaches_the_logits(shallow: ValidatedModel, precision: str) -> None:
     """Eight-bit digits cannot hold one, so their scale must; and no token is chosen from it."""
@@ -191,6 +201,7 @@ def test_a_nan_reaches_the_logits(shallow: ValidatedModel, precision: str) -> No
         engine.greedy(engine.new_cache(), 1, 2)
 
 
+@interpreted
 def test_streamed_layers_give_the_same_bits(tmp_path: Path) -> None:
     """The first of four stays, three take turns; a prompt and a step are those of a model that is all here."""
     model = admit(write_tiny(tmp_path, tokenizer=False, num_hidden_layers=4, **SHAPE)).require()
@@ -262,6 +273,53 @@ def test_a_device_that_can_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert engine_for("speed", "cuda") is not engine_for("exact", "cuda")
+
+
+class Phases:
+    """Kernels that do nothing but write down their names."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return _Launched(self.seen, name)
+
+
+class _Launched:
+    def __init__(self, seen: list[str], name: str) -> None:
+        self._seen, self._name = seen, name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert all(size > 0 for size in grid)
+        return lambda *_, **__: self._seen.append(self._name)
+
+
+def test_a_step_is_five_kernels_per_layer(validated: ValidatedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this order, with three around them, traced or not, streamed or not; a prompt launches none but decoders."""
+    from apr_core.kernels.gpu import launch
+
+    phases = Phases()
+    monkeypatch.setattr(launch, "phases", phases)
+    step = ["embed", *["qkv", "attention", "residual", "gate_up", "residual"] * 2, "head", "pick"]
+    engine = _engine(validated)
+    monkeypatch.setattr(engine.weights, "resident", 1)
+    monkeypatch.setattr(engine.weights, "_courier", gpu_weights.Courier(torch.device("cpu"), 1 << 20))
+    cache, trace = engine.new_cache(), Trace()
+    engine.forward(IDS[:1], cache, trace)
+    assert phases.seen == step
+    assert tuple(trace) == mandatory_names(2)
+    phases.seen.clear()
+    assert engine.greedy(cache, 1, 3) == [0, 0, 0]
+    assert phases.seen == step * 3  # nothing is captured of a model whose layers come and go
+    phases.seen.clear()
+    for precision in ("exact", "speed"):
+        other = _engine(validated, precision)
+        assert other.forward_last(IDS, other.new_cache(4)).shape == (VOCAB,)
+        cache = other.new_cache()
+        assert other.forward(IDS, cache, Trace()).shape == (9, VOCAB)
+        other.forward(IDS, cache)
+        assert cache.slot.capacity == 32
+    assert set(phases.seen) == {"decode"}
 
 
 class FakeCuda:
