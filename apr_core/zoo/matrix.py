@@ -53,7 +53,7 @@ TIMED = "30_throughput"
 OF_THE_GATES = frozenset({"F-BENIGN-001", "F-ADMIT-001"})
 # The only claims that look at copies, and the one of them that runs no forward of the subject: what an item cannot
 # reach is judged on the healthy file once per process.
-OF_COPIES = frozenset({"F-GT-001", "F-GT-002", "F-GT-003", "F-GT-007"})
+OF_COPIES = frozenset({"F-GT-001", "F-GT-002", "F-GT-003", "F-GT-007", "F-GT-012"})
 OF_COPIES_ALONE = "F-GT-007"
 # Free-running comparisons keep the length that `apr qa` and the notebooks use: nothing is cut for speed.
 NEW_TOKENS = 64

@@ -12,6 +12,7 @@ import torch
 
 from apr_core.cli import dispatch, run
 from apr_core.cli.app import main
+from apr_core.engines import load
 from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.model.tokens import load_tokenizer, prepare_tokens
 
@@ -203,5 +204,6 @@ def test_without_numba_the_reference_answers(monkeypatch: pytest.MonkeyPatch) ->
     from apr_core.kernels.cpu import features
 
     monkeypatch.setattr(features, "has_numba", lambda: False)
+    monkeypatch.setattr(load, "has_triton", lambda: False)
     assert run.precision_for("auto", "cpu") == "reference"
     assert run.precision_for("auto", "cuda") == "reference"

@@ -44,10 +44,12 @@ CANARY = (
     *("schema", "sha256", "prompt", "max_tokens", "mode", "template_sha256", "prompt_ids", "ids", "answer"),
     "activations",
 )
-# These take minutes, or need a healthy model to damage: their own tests are named.
+# These take minutes, start a server, or need a healthy model to damage: their own tests are named.
 ELSEWHERE = {
+    "lab": "tests/cli/test_lab.py",
     "suite": "tests/cli/test_runner.py",
     "rosetta validate-stats": "tests/cli/test_rosetta.py",
+    "zoo diagnose": "tests/zoo/test_confusion.py",
     "zoo matrix": "tests/cli/test_zoo.py",
     "zoo plant": "tests/cli/test_zoo.py",
     "zoo run": "tests/cli/test_zoo.py",
@@ -185,11 +187,12 @@ HOSTILE = {
     "a circle of links": (_circle, 7, "symbolic links lead in a circle"),
     "an unreadable file": (_locked, 7, "ermission"),
 }
+# `diagnose` answers with a cause where others end (tests/diagnose/test_explain.py).
 OPENING = sorted({path for path, _ in ACTIONS} | {p for p, c in dispatch.COMMANDS.items() if c.kind is DIAGNOSTIC})
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("path", [p for p in OPENING if p not in {*ELSEWHERE, "explain"}])
+@pytest.mark.parametrize("path", [p for p in OPENING if p not in {*ELSEWHERE, "explain", "diagnose"}])
 def test_what_is_no_model_has_its_own_message_and_code(
     path: str,
     kind: str,
