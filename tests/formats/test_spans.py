@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apr_core.dtypes import FORMATS
@@ -21,6 +21,7 @@ def infos(spans: list[tuple[int, int]]) -> list[TensorInfo]:
     return [TensorInfo(f"t{i}", FORMATS["U8"], (n,), FILE, at, n, f"t{i}") for i, (at, n) in enumerate(spans)]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault of the code
 @given(st.lists(st.tuples(st.integers(10, 40), st.integers(1, 8)), max_size=5), st.integers(0, 12))
 def test_against_a_bitmap(spans: list[tuple[int, int]], tail: int) -> None:
     """Overlap exactly where a byte is claimed twice; gaps are exactly the bytes that nobody claims."""
