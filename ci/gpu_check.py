@@ -104,18 +104,13 @@ def launches() -> Iterator[Launch]:
         return Launch(case, name, tuple(map(_type, arguments)), constants, options, weights, kind)
 
     exact, speed, three = Mode(3, True), Mode(1, True), (f32(9),) * 3
-    for kind in PLANES:
-        w = matrix(kind, 1536, 8960)
-        yield record(
-            f"down {kind} exact", 32 * 32 * launch.tile_blocks(w, launch.shares(1536, 8960)), kind,
-            lambda w=w: launch.residual(exact, w, *three, norm, *three, state),
-        )  # fmt: skip
-    for kind in ("Q4_K", "Q6_K", "Q5_0"):
-        w = matrix(kind, 1536, 8960)
-        yield record(
-            f"down {kind} speed", 32 * 32 * launch.tile_blocks(w, launch.shares(1536, 8960)), kind,
-            lambda w=w: launch.residual(speed, w, *three, norm, *three, state),
-        )  # fmt: skip
+    for mode, said, kinds in ((exact, "exact", tuple(PLANES)), (speed, "speed", ("Q4_K", "Q6_K", "Q5_0"))):
+        for kind in kinds:
+            w = matrix(kind, 1536, 8960)
+            yield record(
+                f"down {kind} {said}", 32 * 32 * launch.tile_blocks(w, launch.shares(1536, 8960)), kind,
+                lambda w=w, mode=mode: launch.residual(mode, w, *three, norm, *three, state),
+            )  # fmt: skip
     for kind in ("Q4_K", "Q8_0", "BF16"):
         w = matrix(kind, 8960, 1536)
         yield record(f"gate_up {kind} exact", 0, kind, lambda w=w: launch.gate_up(exact, w, w, f32(9), norm, f32(9)))

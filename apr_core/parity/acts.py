@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apr_core.engines.cuda import attest
+from apr_core.engines.cuda import attest, weight_bytes
 from apr_core.engines.load import ENGINES, build, load_model
 from apr_core.engines.subject import Subject
 from apr_core.errors import Unavailable
@@ -255,8 +254,7 @@ def cuda_equals_cpu(subject: Subject) -> Finding:
     cuda = load_model(subject.path, device="cuda")
     report = _trace_both(subject, subject.model, cuda)
     # An engine that fell back in silence would agree with itself.
-    weights = sum(4 * prod(t.shape) for t in subject.admission.require().tensors.values())
-    doubt = attest(cuda, _stimulus(subject, POSITIONS), weights).doubt
+    doubt = attest(cuda, _stimulus(subject, POSITIONS), weight_bytes(subject.admission.require())).doubt
     return _rel_l2_finding(subject, report, "the same model on the CPU", doubt)
 
 
