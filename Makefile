@@ -64,7 +64,7 @@ bench-gate:  ## the gate's one pass against the machine's read bandwidth, and it
 test-browser:  ## the last report and the notebooks in a real browser
 	$(PY)pytest -q -m browser tests/browser
 
-nbval-stability:  ## nbval 20 times at 1 thread, at 2, and on the portable kernels (hours)
+nbval-stability:  ## nbval 20 times at 1 thread, at 2, and on the portable kernels (hours; goes on where it stopped)
 	$(PY)python ci/nbval_stability.py
 
 clean:  ## caches

@@ -21,7 +21,6 @@ _HEADS = {
     "undecided": "no longer decided",
     "better": "got better",
     "moved": "changed",
-    "unsure": "differs, its noise was not recorded",
 }
 
 
@@ -62,8 +61,12 @@ def compare(
             if some := [c for c in found if c.kind == kind]:
                 show(f"\n{title} ({len(some)})")
                 show_table(("claim", "what", "before", "after", ""), [_row(c) for c in some])
-        if not found:
+        unsure = [f"{c.claim} {c.what}" for c in found if c.kind == "unsure"]
+        if len(unsure) == len(found):
             show("\nno verdict changed, and no number moved beyond its noise")
+        if unsure:
+            more = f" and {len(unsure) - 3} more (`--json` has all)" if unsure[3:] else ""
+            show(f"\n{len(unsure)} numbers differ whose noise was not recorded: {', '.join(unsure[:3])}{more}")
         for name, files in holes.items():
             show(f"\n{name} is incomplete: {', '.join(files)}")
     raise typer.Exit(_code(found, incomplete=bool(holes)))

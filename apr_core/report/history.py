@@ -137,7 +137,8 @@ def changes(a: Run, b: Run, earlier: Sequence[Run] = ()) -> list[Change]:
             found.append(Change(name, "verdict", _said(x), _said(y), _turn(x.verdict, y.verdict), y.reason, b.name))
         if x.version == y.version and (y.notebook != TIMED or a.machine == b.machine):
             pool = [r for r in earlier if r.machine == b.machine]
-            for metric in (m for m in y.metrics if m in x.metrics):
+            told = {y.metric} if x.verdict is not y.verdict else set()  # the turn of the verdict says it already
+            for metric in (m for m in y.metrics if m in x.metrics and m not in told):
                 past = [
                     c.metrics[metric].value for r in pool if (c := r.summary.claims.get(name)) and metric in c.metrics
                 ]

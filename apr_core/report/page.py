@@ -155,7 +155,9 @@ def _head(
         "time": _clock(declared),
         "glance": _glance(declared, notebooks),
         "broken": [n for n in declared["notebooks"] if n in notebooks and not notebooks[n].complete],
-        "refuted": [k for k, v in conclusion.by_claim.items() if v[0] is Verdict.FALSIFIED],
+        "refuted": {
+            c["id"]: c["title"] for c in declared["claims"] if conclusion.by_claim[c["id"]][0] is Verdict.FALSIFIED
+        },
     }
 
 

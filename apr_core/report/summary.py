@@ -196,10 +196,12 @@ def markdown(summary: Summary) -> str:
     lines = [
         f"## {summary.verdict}: {_md(summary.subject.name)}",
         "",
-        f"{_md(summary.reason)}. Exit code {summary.exit_code}, score {summary.score:.2f}; "
+        f"{_md(summary.reason[:1].upper() + summary.reason[1:])}. Exit code {summary.exit_code}, "
+        f"score {summary.score:.2f}; "
         + ", ".join(f"{n} {verdict}" for verdict, n in summary.counts.items())
         + f"; {seconds(sum(s.seconds for s in summary.notebooks.values()))}.",
         "",
+        *([f"{_md(_bytes_of(summary))}.", ""] if summary.subject.sha256 else []),
     ]
     if summary.damaged or summary.missing:
         lines += [
@@ -217,6 +219,14 @@ def markdown(summary: Summary) -> str:
     if held:
         lines += [f"<details><summary>{len(held)} held</summary>", "", ", ".join(map(_md, held)), "", "</details>", ""]
     return "\n".join(lines)
+
+
+def _bytes_of(summary: Summary) -> str:
+    """Which file was examined, and which one it was held against."""
+    subject, reference = summary.subject, summary.reference
+    types = ", ".join(f"{k} × {v}" for k, v in list(subject.quant.items())[:4])
+    against = f"reference {reference.name}, sha256 {reference.sha256[:16]}" if reference else "no reference"
+    return f"{subject.format}, {types}, sha256 {subject.sha256[:16]}; {against}"
 
 
 def _md(text: str) -> str:

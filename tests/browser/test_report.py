@@ -25,7 +25,8 @@ Visit = Callable[..., Any]
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in which one claim is refuted and some could not be run."""
     whys = [("Why?", "layer 2 differs first")]
-    run = build(tmp_path_factory.mktemp("run"), changes={"F-PAR-007": Finding(3.0, 9, 9, whys=whys)})
+    rows = [{"value": i} for i in range(40)]  # more than a box shows without scrolling
+    run = build(tmp_path_factory.mktemp("run"), changes={"F-PAR-007": Finding(3.0, 9, 9, whys=whys, rows=rows)})
     return write_index(run.folder, run.conclusion, notebooks=run.notebooks)
 
 
@@ -104,6 +105,23 @@ def test_it_fits_and_can_be_read(page: Path, visit: Visit, width: int, scheme: s
     )
     assert tab.evaluate(f"{inside}.map(a => a.textContent)") == []
     assert tab.evaluate(CONTRAST) == []
+
+
+def test_on_paper_nothing_is_cut(page: Path, visit: Visit) -> None:
+    """Printed on A4: the claims stay a table, every section is open, no box scrolls, and closes again afterwards."""
+    tab = visit(page, width=703)
+    tab.emulate_media(media="print")
+    shut = "document.querySelectorAll('details:not([open])').length"
+    before = tab.evaluate(shut)
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert before > 0
+    assert tab.evaluate(shut) == 0
+    assert tab.evaluate("getComputedStyle(document.querySelector('tr.claim')).display") == "table-row"
+    boxes = "[...document.querySelectorAll('.rows, .wide, .plot')].map(e => e.scrollHeight - e.clientHeight)"
+    assert max(tab.evaluate(boxes)) <= 1
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 703
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert tab.evaluate(shut) == before
 
 
 def test_ready_in_a_second(page: Path, visit: Visit) -> None:

@@ -91,6 +91,31 @@ def test_numbers(run: Make, claim: str, name: str, before: Metric, after: Metric
     assert kinds(found) == ([(claim, name, kind)] if kind else [])
 
 
+def test_a_turned_verdict_says_its_number_itself(run: Make) -> None:
+    """One line for a refuted claim; its other numbers are still held against the old ones."""
+    before = {"mismatched_values": Metric(0, 0, 0), "bytes": Metric(1, 1, 1)}
+    after = {"mismatched_values": Metric(5, 5, 5), "bytes": Metric(2, 2, 2)}
+    b = run("b", verdict={COUNT: Verdict.FALSIFIED}, metrics={COUNT: after})
+    assert kinds(changes(run("a", metrics={COUNT: before}), b)) == [
+        (COUNT, "verdict", "worse"),
+        (COUNT, "bytes", "moved"),
+    ]
+
+
+def test_numbers_of_unknown_noise_are_counted(run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They decide nothing and fill no table; the JSON has each."""
+    many = {f"n{i}": Metric(i, None, None) for i in range(5)}
+    more = {f"n{i}": Metric(i + 1, None, None) for i in range(5)}
+    a = write(tmp_path, run("before", metrics={MBU: many}))
+    b = write(tmp_path, run("after", metrics={MBU: more}))
+    assert main(["report", "compare", str(a), str(b)]) == 0
+    said = capsys.readouterr().out
+    assert "no verdict changed, and no number moved beyond its noise" in said
+    assert "5 numbers differ whose noise was not recorded: F-THR-006 n0, F-THR-006 n1, F-THR-006 n2 and 2 more" in said
+    assert main(["report", "compare", str(a), str(b), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["changes"]) == 5
+
+
 def test_clocks_of_two_machines_are_not_compared(run: Make) -> None:
     """A slower machine is no regression; a wrong count there is one."""
     slow = run("b", cpu="b", metrics={MBU: {"tpot_s": Metric(9, 9, 9)}, COUNT: {"mismatched_values": Metric(1, 1, 1)}})

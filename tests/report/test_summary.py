@@ -97,6 +97,8 @@ def test_markdown(make_run: Callable[..., Any]) -> None:
     run.conclusion = conclude(run.folder)
     text = markdown(summarise(run.folder, run.conclusion, run.notebooks))
     assert text.startswith("## FALSIFIED: pygmy\n")
+    assert "\nsafetensors, " in text
+    assert f"sha256 {run.conclusion.by_claim['F-PAR-007'][2].subject['sha256'][:16]}; no reference." in text
     assert "**Incomplete:** 1 evidence files cannot be read, 1 declared claims left no evidence." in text
     assert text.index("| F-PAR-007 |") < text.index("| F-GT-001 |") < text.index("| F-GT-010 |")
     assert f"<summary>{run.conclusion.counts['CORROBORATED']} held</summary>" in text

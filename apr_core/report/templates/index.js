@@ -34,5 +34,5 @@ const reach = () => {
 };
 show(); addEventListener('hashchange', reach); reach();
 let before = [];
-addEventListener('beforeprint', () => { before = details.filter(d => !d.open); for (const d of before) d.open = true; });
+addEventListener('beforeprint', () => { before = every('details:not([open])'); for (const d of before) d.open = true; });
 addEventListener('afterprint', () => { for (const d of before) d.open = false; });
