@@ -9,7 +9,7 @@ import typer
 
 from apr_core.cli import rosetta
 from apr_core.cli.dispatch import admission_of
-from apr_core.errors import Exit, Unavailable, UsageError
+from apr_core.errors import Exit, LoadError, Unavailable, UsageError
 
 if TYPE_CHECKING:
     from apr_core.engines.subject import Subject
@@ -228,12 +228,14 @@ def examine_all(subject: Subject, source: Subject | None, device: str) -> dict[s
     Args:
         subject: The model.
         source: The file that it was made from, or None.
-        device: ``cpu`` leaves CUDA out, ``auto`` takes it where there is one, ``cuda`` demands it.
+        device: ``cpu`` leaves CUDA out, ``auto`` takes it where there is one, ``cuda`` demands it: an engine of it that
+            does not take this file leaves the verdict open.
 
     Returns:
         model, verdict, reason, noise_floor, candidates, not_available, against_reference, bypassed.
     """
     from apr_core.engines.load import ENGINES, build
+    from apr_core.falsify.verdict import Verdict
     from apr_core.parity.pair import hold
     from apr_core.parity.suite import POSITIONS, PREFILL, examine, prepare
 
@@ -241,14 +243,15 @@ def examine_all(subject: Subject, source: Subject | None, device: str) -> dict[s
     ids = _ids(subject, "", POSITIONS)
     bench = prepare(subject.admission.require(), subject.model, ids, [key[0] for key in keys])
     reports = [(examine(bench, subject.plain), "reference")]
-    missing = []
+    missing, asked = [], []
     for precision, where in keys:
         try:
             reports.append(
                 (examine(bench, build(subject.admission, device=where, precision=precision), precision), precision)
             )
-        except Unavailable as error:
+        except (Unavailable, LoadError) as error:  # no such engine here, or one that does not take this file
             missing.append({"backend": f"{precision} on {where}", "reason": str(error)})
+            asked += [missing[-1]] if where == device == "cuda" else []
     body: dict[str, Any] = {
         "model": str(subject.path),
         "reference": {"backend": bench.reference.backend, "device": bench.reference.device},
@@ -260,6 +263,8 @@ def examine_all(subject: Subject, source: Subject | None, device: str) -> dict[s
     }
     verdicts = [report.verdict for report, _ in reports]
     reasons = [f"{r.backend} on {r.device}: {r.reason}" for r, _ in reports if r.reason]
+    verdicts += [Verdict.INCONCLUSIVE] * bool(asked)  # what a person asked for and did not run
+    reasons += [f"{row['backend']} did not run: {row['reason']}" for row in asked]
     if body["against_reference"]:
         verdicts.append(body["against_reference"]["verdict"])
         reasons += [f"against the reference: {body['against_reference']['reason']}"] * bool(

@@ -79,12 +79,15 @@ def require_device(device: str) -> None:
 
 
 def captured(work: Work) -> Work:
-    """Run ``work`` twice beside the current stream (kernels compile), record it, and return what replays it."""
+    """
+    Run ``work`` once beside the current stream (kernels compile), record it, and return what replays it.
+
+    Once: a step moves the state on, and from the last place of a cache a second one would write behind it.
+    """
     now: Any = torch.cuda.current_stream()
     beside: Any = torch.cuda.Stream()
     beside.wait_stream(now)
     with torch.cuda.stream(beside):
-        work()
         work()
     now.wait_stream(beside)
     graph: Any = torch.cuda.CUDAGraph()
@@ -208,7 +211,9 @@ class GpuQwen2:
         budget = available_bytes(device) if budget_bytes is None else budget_bytes
         self.weights = GpuWeights(validated, self.torch_device, budget, self._cached.itemsize)
         self.plan = self.weights.plan
-        self._mode = launch.Mode(DIGITS[precision], cuda and torch.cuda.get_device_capability() >= DEPENDENT)
+        # not where layers come and go: a kernel that begins early would read a buffer that is still being filled
+        early = cuda and not self.weights.streamed and torch.cuda.get_device_capability() >= DEPENDENT
+        self._mode = launch.Mode(DIGITS[precision], early)
         self._capture = capture or (captured if cuda else lambda work: work)
         self._pool = Pool(lambda capacity: Slot(config, capacity, self._cached, self.torch_device))
         self._buffers = self._make_buffers()

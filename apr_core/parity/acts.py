@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from apr_core.engines.cuda import attest, weight_bytes
 from apr_core.engines.load import ENGINES, build, load_model
 from apr_core.engines.subject import Subject
-from apr_core.errors import Unavailable
+from apr_core.errors import LoadError, Unavailable
 from apr_core.falsify.claims import load_claims
 from apr_core.falsify.finding import Finding, act
 from apr_core.falsify.verdict import holds
@@ -294,7 +294,7 @@ def backend_rows(subject: Subject) -> list[dict[str, object]]:
         limits = (noise_floor(validated, run, "speed") if rounds else floor(subject)).limits
         try:
             found = run(build(subject.admission, precision=precision))
-        except Unavailable as error:
+        except (Unavailable, LoadError) as error:
             rows.append({"engine": precision, "verdict": f"not available: {error}"})
             continue
         report = compare(truth, found, expect=names, tau=decisive_margin(truth[LOGITS], limits[LOGITS])).only(*names)

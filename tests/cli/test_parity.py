@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from apr_core.cli.app import main
 from apr_core.engines import load
+from apr_core.errors import LoadError
 from apr_core.model.trace import TracedForward
 from apr_core.rosetta.convert import convert
 
@@ -53,6 +54,35 @@ def test_a_backend_that_is_wrong_is_exit_5(capsys: pytest.CaptureFixture[str], m
     assert (code, body["verdict"]) == (5, "FALSIFIED")
     assert "torch with a hook on cpu: prefill: first divergence: layers.1.v at position 0" in body["reason"]
     assert main(["parity", "pygmy", "--device", "cpu"]) == 5
+
+
+@pytest.mark.parametrize(("device", "code"), [("auto", 0), ("cuda", 11)])
+def test_an_engine_that_does_not_take_the_file_leaves_the_others_to_run(
+    device: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named with its reason; where its device was asked for, the verdict stays open: silence would corroborate it."""
+    import torch
+
+    from apr_core.engines.cuda import CudaQwen2
+
+    def refusing(validated: Any, device: str, tokenizer: Any) -> TracedForward:
+        raise LoadError("expected a type of Q8_0, found Q2_K", advice="use --precision reference")
+
+    def here(validated: Any, device: str, tokenizer: Any) -> TracedForward:
+        return CudaQwen2(validated, "cpu", tokenizer)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("apr_core.engines.gpu.require_device", lambda _: None)
+    monkeypatch.setitem(load.ENGINES, ("reference", "cuda"), here)
+    for key in (("speed", "cpu"), ("exact", "cpu"), ("speed", "cuda"), ("exact", "cuda")):
+        monkeypatch.setitem(load.ENGINES, key, refusing)
+    found, body = run(capsys, "parity", "pygmy", "--device", device)
+    missing = {row["backend"]: row["reason"] for row in body["not_available"]}
+    assert sorted(missing) == ["exact on cpu", "exact on cuda", "speed on cpu", "speed on cuda"]
+    assert all(reason.startswith("expected a type of Q8_0, found Q2_K") for reason in missing.values())
+    assert [c["backend"] for c in body["candidates"]] == ["plain", "torch, its own attention"]
+    assert (found, body["verdict"]) == (code, "INCONCLUSIVE" if code else "CORROBORATED")
+    assert ("speed on cuda did not run: expected a type" in body["reason"]) == bool(code)
 
 
 def test_an_asked_for_device_that_is_not_there_is_exit_9(capsys: pytest.CaptureFixture[str]) -> None:

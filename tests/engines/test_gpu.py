@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -374,21 +375,55 @@ def test_copies_and_computation_wait_for_each_other(monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_a_capture_warms_up_beside_the_stream_and_records_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three runs: two that compile, one that is recorded; a replay runs nothing on the host."""
+class Streams:
+    """Streams of a device, and a graph whose replay is nothing."""
 
-    class Graph:
-        replay = staticmethod(lambda: None)
+    replay = staticmethod(lambda: None)
 
-    class Stream:
-        def wait_stream(self, _: object) -> None:
-            pass
+    def wait_stream(self, _: object) -> None:
+        """There is one stream."""
 
-    for name, value in (("current_stream", Stream), ("Stream", Stream), ("CUDAGraph", Graph)):
-        monkeypatch.setattr(torch.cuda, name, value)
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that records: what is launched meanwhile does not run."""
+    from apr_core.kernels.gpu import launch
+
+    @contextmanager
+    def recording(_: object) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "phases", Phases())
+            yield
+
+    for name in ("current_stream", "Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Streams)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+
+
+@pytest.mark.usefixtures("recorder")
+def test_a_capture_warms_up_once_and_records_once() -> None:
+    """The first run compiles, the second is recorded; a replay runs nothing on the host."""
     runs: list[int] = []
     replay = gpu.captured(lambda: runs.append(1))
     replay()
-    assert len(runs) == 3
+    assert len(runs) == 2
+
+
+@interpreted
+@pytest.mark.usefixtures("recorder")
+def test_what_a_capture_runs_stays_at_the_last_place(tmp_path: Path) -> None:
+    """A step moves the state on: a second warm-up would write behind the cache, over the next head's first position."""
+    shape = SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
+    model = admit(write_tiny(tmp_path, tokenizer=False, num_hidden_layers=1, **shape)).require()
+    engine = _engine(model, capture=gpu.captured)
+    cache = engine.new_cache()
+    engine.forward(IDS[:3], cache)
+    slot = cache.slot
+    before = slot.keys.clone(), slot.values.clone()
+    with torch.inference_mode():
+        engine._step(slot)
+    assert engine._buffers["state"][1:].tolist() == [1, slot.capacity]
+    for now, then in zip((slot.keys, slot.values), before, strict=True):
+        assert now[:, :, -1].any()
+        assert torch.equal(now[:, :, :-1], then[:, :, :-1])
