@@ -85,7 +85,7 @@ def test_public_names_resolve_and_none_hides_a_room(root):
 
 def test_importing_the_package_imports_nothing_heavy():
     """`apr --help` and the preflight depend on it."""
-    heavy = ("torch", "pandas", "matplotlib", "tokenizers", "nbconvert", "papermill")
+    heavy = ("torch", "matplotlib", "tokenizers", "nbconvert", "papermill")
     code = f"import sys, apr_core, apr_core.falsify.rounds; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 

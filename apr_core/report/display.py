@@ -42,7 +42,6 @@ class Shown:
 # Objects of lower rooms by where they live, so that nothing is imported before there is one to show.
 _OBJECTS = {
     ("apr_core.contract.types", "Admission"): "show_admission",
-    ("apr_core.diagnose.cause", "Diagnosis"): "show_diagnosis",
     ("apr_core.engines.subject", "Subject"): "show_subject",
     ("apr_core.formats.checkpoint", "Checkpoint"): "show_checkpoint",
     ("apr_core.model.trace", "Trace"): "show_trace",
@@ -65,7 +64,13 @@ def install() -> bool:
     if shell is None:
         return False
     formats = shell.display_formatter.formatters
-    for kind, shown in ((Finding, show_finding), (Evidence, show_evidence), (Round, show_claims)):
+    own: dict[type, Callable[[Any], Shown]] = {
+        Finding: show_finding,
+        Evidence: show_evidence,
+        Round: show_claims,
+        Diagnosis: show_diagnosis,
+    }
+    for kind, shown in own.items():
         formats["text/html"].for_type(kind, functools.partial(_html, shown))
         formats["text/plain"].for_type(kind, functools.partial(_plain, shown))
     for (module, name), how in _OBJECTS.items():
@@ -186,13 +191,12 @@ def show_provenance(round_: Round) -> Shown:
     )
 
 
-def show_matrix(matrix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Round) -> Shown:
+def show_matrix(matrix: Mapping[str, Any]) -> Shown:
     """
     Show which claim refuses which counter-example.
 
     Args:
-        matrix: A kill matrix as JSON, or counter-example -> claim -> how often it was refused, or the rows of a
-            finding, or a round: what its records say about counter-examples.
+        matrix: Counter-example -> claim -> how often it was refused, or a kill matrix as JSON.
     """
     cells: dict[str, dict[str, object]] = {}
     for name, claim, said in _kills(matrix):
@@ -215,26 +219,17 @@ def show_matrix(matrix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Round)
         '<table class="apr-rows"><thead><tr><th scope="col">counter-example</th>{}</tr></thead>'
         "<tbody>{}</tbody></table>"
     ).format(head, body)
-    text = [
-        {"counter-example": n, "refused by": ", ".join(k for k, v in row.items() if v != "missed") or "nothing"}
-        for n, row in cells.items()
-    ]
+    text = [{"counter-example": n, "refused by": ", ".join(row)} for n, row in cells.items()]
     return Shown(_scrolled(grid, len(cells)), _text_table(text))
 
 
-def _kills(matrix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Round) -> Iterator[tuple[str, str, object]]:
-    """Counter-example, claim, and what the cell says: a count, "refused", "missed"."""
-    if isinstance(matrix, Mapping) and isinstance(matrix.get("kills"), list):
+def _kills(matrix: Mapping[str, Any]) -> Iterator[tuple[str, str, object]]:
+    """Counter-example, claim, and what the cell says: a count, or "refused"."""
+    if isinstance(matrix.get("kills"), list):
         yield from ((str(k["defect"]), str(k["claim"]), "refused") for k in matrix["kills"])
-    elif isinstance(matrix, Mapping):
-        for name, row in matrix.items():
-            yield from ((str(name), str(k), "refused" if v is True else v) for k, v in row.items() if v)
-    else:
-        rows = [{**r, "claim": e.id} for e in matrix.records for r in e.rows] if isinstance(matrix, Round) else matrix
-        for row in rows:
-            if row.get("on") == "counter-example":
-                said = row.get("measured") if row.get("outcome") == "caught" else row.get("outcome", "missed")
-                yield str(row.get("what", "")), str(row.get("claim", "this claim")), said
+        return
+    for name, row in matrix.items():
+        yield from ((str(name), str(claim), count) for claim, count in row.items() if count)
 
 
 _NO_WHYS = (("Why?", "No experiment has been recorded for this claim."),)

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from apr_core.falsify.finding import Finding
 from apr_core.report.material import (
-    NO_SERIES,
     Floats,
     Source,
     by_position,
@@ -32,12 +31,10 @@ from apr_core.report.style import (
     MUTED,
     PAPER,
     VERMILLION,
-    adaptive,
     finish,
     log_ticks,
     new_figure,
     style,
-    svg,
 )
 from apr_core.report.text import clean
 
@@ -71,7 +68,7 @@ def plot_tensor_statistics(source: Source) -> Figure | None:
     with style():
         figure, ax = new_figure(3.3)
         kept = decimate(values)
-        ax.plot(kept, values[kept], "o", ms=3.5, color=BLUE, label=thing, zorder=3)
+        ax.plot(kept, values[kept], "o", ms=3.5, color=BLUE, label=thing if refused else None, zorder=3)
         for value in limits:
             _draw_limit(ax, value, "gate's limit")
         _cross(ax, values, refused)
@@ -266,7 +263,7 @@ def plot_power(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
             for i, (limit, claim) in enumerate(sighted):
                 x, y, _ = lines[claim]
                 mark, colour, fill = MARKERS[i % 6], COLOURS[i % 6], None if i < 6 else PAPER
-                name = f"{limit:.1g} {label(claim, 22)}" if np.isfinite(limit) else label(claim, 22)
+                name = f"{label(claim, 22)}, from {limit:.1g}" if np.isfinite(limit) else label(claim, 22)
                 ax.plot(x, y, mark, ls="-", ms=3.5, lw=1, color=colour, mfc=fill, label=name)
                 if np.isfinite(limit):
                     ax.axvline(limit, color=colour, ls=":", lw=1, marker="")
@@ -283,7 +280,7 @@ def plot_power(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         finished = finish(
             figure,
             alt=f"Detection power in {len(panels)} panels; the sharpest sight is {'; '.join(said) or 'nowhere'}.",
-            caption="Each line is a claim that sees damage of this kind; the dotted line, and the number beside the "
+            caption="Each line is a claim that sees damage of this kind; the dotted line, and the number behind its "
             "name, is its limit of sight: the severity from which on every draw is seen. Were a claim "
             "blind, its line would stay on the floor" + (f"; {blind} that do are left out." if blind else "."),
             right=2.45,
@@ -317,31 +314,6 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[Floa
     return found
 
 
-def plot_series(source: Source) -> Figure | None:
-    """Draw whatever arrays of numbers there are, each against its index; None where there are none."""
-    m = material(source)
-    found = {k: m.numbers(k) for k in m.arrays if k not in NO_SERIES}
-    lines = {k: v.ravel() for k, v in found.items() if v is not None and v.size > 1 and np.isfinite(v).any()}
-    lines = dict(list(lines.items())[: len(COLOURS)])
-    if not lines:
-        return None
-    with style():
-        figure, ax = new_figure(3.3)
-        for i, (name, values) in enumerate(lines.items()):
-            kept = decimate(values)
-            marker = MARKERS[i] if len(kept) <= 100 else ""
-            ax.plot(kept, values[kept], marker=marker, ms=3, lw=0.9, color=COLOURS[i], label=label(name, 24))
-        scale_y(ax, np.concatenate(list(lines.values())), [])
-        _axes(ax, "index", "value")
-        _whole_numbers(ax)
-        _legend(ax)
-        return finish(
-            figure,
-            alt=f"Lines of {', '.join(label(k, 30) for k in lines)} against their index.",
-            caption=f"Were the claim false: {m.claim.falsifier[0].lower()}{m.claim.falsifier[1:]}" if m.claim else "",
-        )
-
-
 FIGURES: dict[str, Plot] = {
     "F-GT-002": plot_positions,
     "F-GT-008": plot_positions,
@@ -369,12 +341,6 @@ def plot(source: Source) -> Figure | None:
     """Draw the figure that belongs to the claim of a finding or record; None where it has none or nothing to draw."""
     drawer = FIGURES.get(source.claim if isinstance(source, Finding) else source.id)
     return drawer(source) if drawer else None
-
-
-def figure_svg(evidence: Source) -> str | None:
-    """The claim's figure as SVG text that follows light and dark; None where there is nothing to draw."""
-    figure = plot(evidence)
-    return None if figure is None else adaptive(svg(figure))
 
 
 def decimate(values: Floats, most: int = MOST_POINTS) -> NDArray[np.intp]:
@@ -412,14 +378,15 @@ def scale_y(ax: Axes, values: Floats, limits: Sequence[float], zero: str = "are 
     ax.set_ylim(bottom=floor / 2, top=positive.max() * 4)  # first: a scale of equal values warns when it sets itself
     ax.set_yscale("log")
     log_ticks(ax.yaxis)
-    hollow = 0
+    hollow, rings = 0, 0
     for line in list(ax.lines):
         y = np.asarray(line.get_ydata(), dtype=np.float64)
         if line.get_marker() in ("None", "", None) or not (y == 0).any():
             continue
         x = np.asarray(line.get_xdata(), dtype=np.float64)[y == 0]
-        ax.plot(x, np.full(len(x), floor), "o", ms=4, mfc=PAPER, mec=line.get_color(), mew=1, zorder=3)
-        hollow += len(x)
+        size = 4 + 2.5 * rings  # rings around each other: the zeros of two series lie in one place
+        ax.plot(x, np.full(len(x), floor), "o", ms=size, mfc="none", mec=line.get_color(), mew=1, zorder=3)
+        hollow, rings = hollow + len(x), rings + 1
     return f" Hollow points on the floor {zero}." if hollow else ""
 
 
@@ -448,7 +415,12 @@ def _time_scale(ax: Axes, groups: Sequence[Floats], factor: float) -> None:
 
 
 def _draw_limit(ax: Axes, value: float, name: str) -> None:
-    ax.axhline(value, color=INK, ls="--", lw=1.2, label=f"{name} {value:.3g}", marker="")
+    """A dashed line with its name and value on it: of two limits a legend would not say which is which."""
+    ax.axhline(value, color=INK, ls="--", lw=1.2, marker="")
+    ax.annotate(
+        f"{name} {value:.3g}", (0.995, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        textcoords="offset points", ha="right", fontsize=8, color=INK,
+    )  # fmt: skip
 
 
 def _axes(ax: Axes, x: str, y: str) -> None:
@@ -466,7 +438,12 @@ def _legend(ax: Axes) -> None:
 def _whole_numbers(ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
+    low, high = ax.get_xlim()
+    if high - low < 1:  # a single point: fractions of a tensor are no places
+        ax.set_xlim(-0.5, 0.5)
+    if ax.get_ylabel().endswith("(count)"):
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
 def _layer_ticks(ax: Axes, last: int) -> None:

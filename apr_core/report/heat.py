@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apr_core.report.material import Source, is_number, material
-from apr_core.report.style import INK, PAPER, finish, new_figure, style
+from apr_core.report.style import finish, new_figure, style
 from apr_core.report.text import clean
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 METRICS = {"over limit": "rel_l2", "max_abs": "max_abs", "1 - cosine": "cosine", "nmse": "nmse"}
 MOST_ROWS = 60
+ON_DARK, ON_BRIGHT = "#ffffff", "#101010"  # of the cells, which do not follow a page into its dark scheme
 
 
 def plot_heat(source: Source) -> Figure | None:
@@ -42,7 +43,15 @@ def plot_heat(source: Source) -> Figure | None:
         ax.set_yticks(range(len(rows)), names)
         ax.grid(visible=False)
         for (y, x), value in np.ndenumerate(values):
-            ax.text(x, y, f"{value:.1e}", ha="center", va="center", color=INK if shades[y, x] > 0.6 else PAPER, size=7)
+            ax.text(
+                x,
+                y,
+                f"{value:.1e}",
+                ha="center",
+                va="center",
+                color=ON_BRIGHT if shades[y, x] > 0.6 else ON_DARK,
+                size=7,
+            )
         return finish(
             figure,
             alt=f"Heat map of {len(rows)} activations and {len(columns)} metrics; the furthest is {names[worst]}, "

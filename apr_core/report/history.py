@@ -142,7 +142,7 @@ def changes(a: Run, b: Run, earlier: Sequence[Run] = ()) -> list[Change]:
                 past = [
                     c.metrics[metric].value for r in pool if (c := r.summary.claims.get(name)) and metric in c.metrics
                 ]
-                if (moved := _moved(x.metrics[metric], y.metrics[metric], past, _better(y, metric))) is not None:
+                if (moved := _moved(x.metrics[metric], y.metrics[metric], past, better(y, metric))) is not None:
                     before, after = (f"{m.metrics[metric].value:.4g}" for m in (x, y))
                     found.append(Change(name, metric, before, after, *moved, b.name))
     return found
@@ -177,7 +177,7 @@ def _turn(before: Verdict, after: Verdict) -> str:
     return "better" if after is Verdict.CORROBORATED else "moved"
 
 
-def _better(claim: ClaimResult, metric: str) -> int:
+def better(claim: ClaimResult, metric: str) -> int:
     """1 where more is better, -1 where less is, 0 where neither is known."""
     if metric == claim.metric:
         return 1 if claim.limit.direction == "at_least" else -1

@@ -17,8 +17,6 @@ from apr_core.falsify.finding import Finding
 Source = Finding | Evidence
 Floats = NDArray[np.float64]
 
-NO_SERIES = ("position", "limit", "tau", "flipped")  # axes and bounds: no figure draws them as a series of their own
-
 
 @dataclass(frozen=True, eq=False)
 class Material:

@@ -1,4 +1,4 @@
-"""The objects of the lower rooms in Jupyter: checkpoint, admission, subject, trace, parity report, diagnosis."""
+"""The objects of the lower rooms in Jupyter: checkpoint, admission, subject, trace, parity report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from apr_core.report.text import nbytes
 
 if TYPE_CHECKING:
     from apr_core.contract.types import Admission
-    from apr_core.diagnose.cause import Diagnosis
     from apr_core.engines.subject import Subject
     from apr_core.formats.checkpoint import Checkpoint
     from apr_core.model.trace import Trace
@@ -80,13 +79,6 @@ def show_parity(report: ParityReport) -> Shown:
     said += [f"{report.nonfinite} values are not finite"] if report.nonfinite else []
     said += [f"not compared: {'; '.join(report.missing[:5])}"] if report.missing else []
     return _cut(said, report.table())
-
-
-def show_diagnosis(diagnosis: Diagnosis) -> Shown:
-    """The chain to the first cause, and the other causes under it."""
-    others = [cause.as_json() for cause in diagnosis.causes[1:]]
-    rows = [{k: cause[k] for k in ("class", "tensor", "confidence", "repair")} for cause in others]
-    return compose([diagnosis.outcome, *([diagnosis.provenance] if diagnosis.provenance else [])], rows, diagnosis.whys)
 
 
 def _cut(said: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Shown:

@@ -38,7 +38,7 @@ def plot_roles(rows: Rows, limits: Sequence[float] = ()) -> Figure | None:
         density, size, span = figure.subplots(1, 3, sharey=True)
         density.plot(zeros, at, "o", ms=3.5, color=BLUE)
         for limit in limits:
-            density.axvline(limit, color=VERMILLION, ls="--", lw=1)
+            density.axvline(limit, color=INK, ls="--", lw=1)
         density.set_xlim(-4, 104)
         size.plot(rms, at, "s", ms=3.5, color=GREEN)
         if (rms[np.isfinite(rms)] > 0).any():

@@ -97,6 +97,6 @@ def _split(ax: Axes, phases: Mapping[str, float]) -> None:
 def _context(ax: Axes, at: np.ndarray[Any, Any], spent: np.ndarray[Any, Any]) -> None:
     sound = spent > 0
     ax.plot(at[sound], 1 / spent[sound], MARKERS[0], ls="-", ms=5, color=COLOURS[0])
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.15 / spent[sound].min() if sound.any() else None)
     ax.set_xlabel("context (tokens)")
     ax.set_ylabel("tokens / s")

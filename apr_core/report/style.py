@@ -36,6 +36,7 @@ _STACK = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 CAPTION = "caption"
 
 RC: dict[str, Any] = {
+    "axes.axisbelow": True,  # a grid that crosses bars looks like a part of them
     "axes.edgecolor": MUTED,
     "axes.facecolor": "none",
     "axes.grid": True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from apr_core.report.figures import label
-from apr_core.report.history import Run, by_release, read_runs, regressions
+from apr_core.report.history import Run, better, by_release, read_runs, regressions
 from apr_core.report.page import image, stylesheet, template
 from apr_core.report.style import COLOURS, INK, MARKERS, MUTED, finish, style
 from apr_core.report.summary import write_whole
@@ -107,7 +107,8 @@ def plot_trend(
         moving: (claim, metric) -> its value in each run, None where there is none.
         ticks: The number of each run in the release matrix.
     """
-    shown = list(moving.items())[:_MOST_PANELS]
+    judged = {c: r for run in series for c, r in run.summary.claims.items()}
+    shown = [(k, v) for k, v in moving.items() if better(judged[k[0]], k[1])][:_MOST_PANELS]
     if not shown:
         return None
     from matplotlib.figure import Figure
@@ -123,7 +124,7 @@ def plot_trend(
             for m, machine in enumerate(machines):
                 mine = [(i, v) for i, v in known if series[i].machine == machine]
                 ax.plot([i for i, _ in mine], [v for _, v in mine], MARKERS[m % 6], ms=4, color=COLOURS[m % 6])
-            result = next(r.summary.claims[claim] for r in series if claim in r.summary.claims)
+            result = judged[claim]
             near = max(abs(v) for _, v in known)
             if name == result.metric and near / 10 <= abs(result.limit.threshold) <= near * 10:
                 ax.axhline(result.limit.threshold, color=INK, ls="--", lw=1)
@@ -132,7 +133,7 @@ def plot_trend(
             ax.set_xticks(range(len(series)), [str(n) for n in ticks])
             ax.margins(y=0.2)
             if min(v for _, v in known) >= 0:
-                ax.set_ylim(bottom=0)  # a percent of noise must not look like a cliff
+                ax.set_ylim(0, 1.2 * near or 1)  # a percent of noise must not look like a cliff
         left_out = len(moving) - len(shown)
         finish(
             figure,
@@ -140,9 +141,9 @@ def plot_trend(
             + "; ".join(
                 f"{c} {n} from {number(_first(v))} to {number(_first(list(v)[::-1]))}" for (c, n), v in shown[:6]
             ),
-            caption="One panel per number that moved, over the runs in order of time; another mark is another machine, "
-            "dashed is the limit where it is near. Had nothing but noise happened, no panel would show a step."
-            + (f" {left_out} more are in the table alone." if left_out else ""),
+            caption="One panel per number that moved and has a better side, over the runs in order of time; another "
+            "mark is another machine, dashed is the limit where it is near. Had nothing but noise happened, no panel "
+            "would show a step." + (f" {left_out} more are in the table alone." if left_out else ""),
             left=0.65,
         )
         figure.subplots_adjust(hspace=0.85, wspace=0.3)

