@@ -15,7 +15,7 @@ from apr_core.engines.cpu import CpuQwen2
 from apr_core.engines.load import load_model
 from apr_core.engines.team import Team
 from apr_core.errors import InferenceError, LoadError, UsageError
-from apr_core.kernels.cpu import features
+from apr_core.kernels.cpu import features, step
 from apr_core.kernels.cpu.features import available_paths
 from apr_core.model.generate import generate
 from apr_core.model.qwen2 import Qwen2
@@ -185,6 +185,18 @@ def test_a_type_without_a_kernel_is_widened_and_named(models: dict[str, Path], m
     assert set(engine.weights.types.values()) == {"F32"}
     ids = np.arange(1, 12)
     assert _distance(engine.forward(ids), Qwen2(validated).forward(ids)) <= LIMITS["exact"]
+
+
+def test_panels_lie_together_and_the_file_is_let_go(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One allocation has huge pages, hundreds have not; and the file's pages do not stay beside their copy."""
+    released: list[str] = []
+    monkeypatch.setattr("apr_core.formats.checkpoint.Checkpoint.release", lambda _, name: released.append(name))
+    validated = admit(models["mixed"]).require()
+    weights = cpu_weights.CpuWeights(validated, 1)
+    assert sorted(released) == sorted(weights.types)
+    starts = sorted([*weights.matrices[..., step.ADDRESS].ravel().tolist(), int(weights.head[step.ADDRESS])])
+    assert all(start % 64 == 0 for start in starts)
+    assert starts[-1] - starts[0] < weights.nbytes + 64 * len(starts), "further apart than their own bytes"
 
 
 @pytest.mark.parametrize("shape", ["tiny", "untied"])

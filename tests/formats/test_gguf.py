@@ -37,7 +37,7 @@ def test_llama_cpp_files_decode_like_the_gguf_package(name: str, oracle: Path) -
             assert values.tobytes() == expected.tobytes()
 
 
-def test_llama_cpp_metadata(oracle: Path) -> None:
+def test_llama_cpp_metadata(oracle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every key of a llama.cpp file comes out as the gguf package reads it; arrays are parsed on demand."""
     path = oracle / "mini" / "gguf" / "Q8_0.gguf"
     fields = {key: field for key, field in gguf.GGUFReader(path).fields.items() if not key.startswith("GGUF.")}
@@ -48,6 +48,10 @@ def test_llama_cpp_metadata(oracle: Path) -> None:
         assert checkpoint.metadata.array_length("tokenizer.ggml.tokens") == 1024
         assert checkpoint.metadata.array_length("general.name") is None
         assert len(checkpoint.metadata) == len(fields)
+        with monkeypatch.context() as patch:
+            patch.setattr("apr_core.formats.gguf._parse_array", lambda *_: pytest.fail("strings were made"))
+            assert "tokenizer.ggml.tokens" in checkpoint.metadata
+        assert checkpoint.metadata["tokenizer.ggml.tokens"] is not checkpoint.metadata["tokenizer.ggml.tokens"]
 
 
 def test_config_equals_config_json(oracle: Path) -> None:
