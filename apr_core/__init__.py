@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from apr_core.contract.admit import Admission, admit
     from apr_core.contract.gated import gated
     from apr_core.diagnose.explain import explain_failure
+    from apr_core.diagnose.recorded import open_round
     from apr_core.engines.load import load_model
-    from apr_core.engines.subject import Subject, obtain, open_round
+    from apr_core.engines.subject import Subject, obtain
     from apr_core.formats.checkpoint import Checkpoint, open_checkpoint
     from apr_core.model.generate import generate, logits, trace
     from apr_core.model.tokens import PreparedTokens, prepare_tokens
@@ -37,7 +38,7 @@ _HOME = {
     "logits": "model.generate",
     "obtain": "engines.subject",
     "open_checkpoint": "formats.checkpoint",
-    "open_round": "engines.subject",
+    "open_round": "diagnose.recorded",
     "prepare_tokens": "model.tokens",
     "trace": "model.generate",
 }

@@ -404,16 +404,7 @@ def claimed_numbers_hold(subject: Subject) -> Finding:
         expected=len(controls) + len(judged),
         detail=f"{len(judged)} claimed, {len(refuted)} refuted; {len(controls)} controls",
         inconclusive=undecided[0].reason if undecided and not refuted else "",
-        rows=[
-            {
-                "metric": item.metric,
-                "claimed": item.claimed,
-                "measured": item.measured,
-                "verdict": str(item.verdict),
-                "reason": item.reason,
-            }
-            for item in judged
-        ],
+        rows=[item.row for item in judged],
         whys=[*whys[:1], *shortfall(made.profile)] if whys else (),
         reference="the ceiling and the samples of this run",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from apr_core.errors import UsageError
 from apr_core.falsify.verdict import Verdict
@@ -24,6 +24,8 @@ class Claimed:
         measured: What was measured here.
         verdict: FALSIFIED when the ceiling or the measurement refutes it; INCONCLUSIVE when the tokens were wrong.
         reason: In words.
+        needs_gb_s: What reading the weights so often takes; None for a metric that says nothing of it.
+        reads_gb_s: What this machine reads.
     """
 
     metric: str
@@ -31,6 +33,13 @@ class Claimed:
     measured: float
     verdict: Verdict
     reason: str
+    needs_gb_s: float | None = None
+    reads_gb_s: float | None = None
+
+    @property
+    def row(self) -> dict[str, object]:
+        """The number and its fate, as evidence keeps them."""
+        return {**asdict(self), "verdict": str(self.verdict)}
 
 
 def parse_claim(text: str) -> tuple[str, float]:
@@ -67,14 +76,17 @@ def judge_claim(
         tokens_right: Whether the timed tokens were the right ones; a rate of wrong ones says nothing.
     """
     needed = claimed * read_bytes / 1e9
-    if metric == "decode_tok_s" and needed > read_gb_s:
-        words = f"{claimed:g} tok/s needs {needed:.3g} GB/s; this machine reads {read_gb_s:.3g}"
-        return Claimed(metric, claimed, measured, Verdict.FALSIFIED, words)
+    held = Claimed(metric, claimed, measured, Verdict.CORROBORATED, "")
+    if metric == "decode_tok_s":
+        held = replace(held, needs_gb_s=needed, reads_gb_s=read_gb_s)
+        if needed > read_gb_s:
+            words = f"{claimed:g} tok/s needs {needed:.3g} GB/s; this machine reads {read_gb_s:.3g}"
+            return replace(held, verdict=Verdict.FALSIFIED, reason=words)
     if not tokens_right:
-        return Claimed(metric, claimed, measured, Verdict.INCONCLUSIVE, WRONG_TOKENS)
+        return replace(held, verdict=Verdict.INCONCLUSIVE, reason=WRONG_TOKENS)
     low, high = interval
     reached = low <= claimed if metric in _SMALLER_IS_BETTER else claimed <= high
     if not reached:
         words = f"measured {measured:.4g} ({low:.4g} to {high:.4g}), claimed {claimed:g}"
-        return Claimed(metric, claimed, measured, Verdict.FALSIFIED, words)
-    return Claimed(metric, claimed, measured, Verdict.CORROBORATED, "")
+        return replace(held, verdict=Verdict.FALSIFIED, reason=words)
+    return held

@@ -112,6 +112,7 @@ class Diagnosis:
         provenance: What kind of relation model and reference have, in a sentence; empty without a reference.
         steps: What was asked on the way, with the answers: also when nothing was found.
         needed: What would be needed to go further; empty when nothing would.
+        behind: Whether the file itself has nothing to explain: the cause lies in what read, ran or timed it.
     """
 
     outcome: str
@@ -119,6 +120,7 @@ class Diagnosis:
     provenance: str = ""
     steps: tuple[Why, ...] = ()
     needed: str = ""
+    behind: bool = False
 
     @property
     def whys(self) -> tuple[Why, ...]:

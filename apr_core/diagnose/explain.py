@@ -2,19 +2,21 @@
 From a failure to its cause: what `apr diagnose` does.
 
 Container, provenance, tensors, configuration, tokenizer, template, end tokens, records: each asked of the files and
-answered by a measurement. Without a reference the gates speak (`alone`); `backend` explains what no file shows.
+answered by a measurement. Without a reference the gates speak (`alone`); `behind` explains what no file shows.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from apr_core.contract.admit import Admission, admit
 from apr_core.diagnose.alone import explain_alone, explain_config, explain_opening
-from apr_core.diagnose.cause import EXPLAINED, NOTHING, UNEXPLAINED, Cause, Chain, Diagnosis
+from apr_core.diagnose.behind import explain_behind
+from apr_core.diagnose.cause import EXPLAINED, NOTHING, UNEXPLAINED, Cause, Chain, Diagnosis, Why
 from apr_core.diagnose.tensors import explain_tensors
 from apr_core.diagnose.words import explain_records, explain_words
-from apr_core.engines.subject import obtain, resolve_model
+from apr_core.engines.subject import resolve_model
 from apr_core.errors import AprError, FormatError, LoadError, NotFound, ReadWriteError, UsageError
 from apr_core.falsify.evidence import Evidence, read_evidence
 from apr_core.falsify.verdict import Verdict
@@ -49,7 +51,7 @@ def explain_failure(
     symptom = evidence if evidence is None or isinstance(evidence, Evidence) else read_evidence(Path(evidence))
     if symptom is not None:
         _require_falsified(symptom)
-        chain.ask(f"What was refuted? ({symptom.id})", f"{symptom.claim['statement']} {symptom.reason}")
+        chain.ask(*symptom_of(symptom))
     try:
         checkpoint = open_checkpoint(path)
     except NotFound:
@@ -63,8 +65,20 @@ def explain_failure(
             _require_same_file(symptom, checkpoint)
         chain.ask("Does the file open?", f"yes: {checkpoint.format}, {len(checkpoint.tensors)} tensors")
         found = _with_reference(checkpoint, reference, chain) if reference else _alone(checkpoint, chain)
-        forward = backend is not None or (symptom is not None and symptom.id.startswith("F-PAR"))
-        return _backend(path, backend, chain) if forward and found.outcome == NOTHING else found
+        if found.outcome == NOTHING and symptom is not None and reference:
+            found = replace(_alone(checkpoint, chain), provenance=found.provenance)  # the reference may be as wrong
+    if found.outcome != NOTHING or (symptom is None and backend is None):
+        return found
+    behind = _explained(explain_behind(path, symptom, backend, chain), found.provenance, chain)
+    if symptom is not None and behind.outcome == NOTHING:
+        needed = "what failed: another backend or machine, or its copies" if reference else "a reference"
+        behind = replace(behind, outcome=UNEXPLAINED, needed=needed)
+    return replace(behind, behind=True)
+
+
+def symptom_of(record: Evidence) -> Why:
+    """The question that a chain begins with."""
+    return f"What was refuted? ({record.id})", f"{record.claim['statement']} {record.reason}"
 
 
 def _require_falsified(symptom: Evidence) -> None:
@@ -93,19 +107,6 @@ def _admitted(checkpoint: Checkpoint) -> Admission | AprError:
 
 def _alone(checkpoint: Checkpoint, chain: Chain) -> Diagnosis:
     causes = explain_alone(checkpoint, _admitted(checkpoint), chain)
-    return _explained(causes, "", chain)
-
-
-def _backend(path: Path, backend: TracedForward | None, chain: Chain) -> Diagnosis:
-    """Hold the forward against the independent one: the file has nothing to explain."""
-    from apr_core.diagnose.backend import POSITIONS, explain_backend
-
-    subject = obtain(str(path), device="cpu")
-    try:
-        chain.ask("Is it the file?", "no: nothing in it needs an explanation")
-        causes = explain_backend(backend or subject.model, subject.plain, subject.stimulus(POSITIONS).ids, chain)
-    finally:
-        subject.close()
     return _explained(causes, "", chain)
 
 

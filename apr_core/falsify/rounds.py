@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,11 @@ class Round:
         parameters: The notebook's parameters, kept in every record.
         provenance: Who ran what, see ``apr_core.provenance``.
         reference: The file that the subject claims to be made from, when one was given.
+
+    ``explain``, where a higher room has set it, turns a refutation into its five whys before the record is written.
     """
+
+    explain: Callable[[Evidence], Sequence[tuple[str, str]]] | None = None
 
     def __init__(
         self,
@@ -69,6 +73,8 @@ class Round:
         evidence = make_evidence(
             finding, self.subject, parameters=self.parameters, provenance=self.provenance, reference=self.reference
         )
+        if evidence.verdict is Verdict.FALSIFIED and self.explain is not None and not finding.reused:
+            evidence = replace(evidence, whys=tuple(self.explain(evidence)))
         path = write_evidence(evidence, self.folder / "evidence", finding.arrays)
         evidence = read_evidence(path)
         self.records.append(evidence)

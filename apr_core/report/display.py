@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -21,6 +22,7 @@ from apr_core.falsify.evidence import Evidence
 from apr_core.falsify.finding import Finding
 from apr_core.falsify.rounds import Round
 from apr_core.report import shell as shell_
+from apr_core.report.summary import evidence_file
 from apr_core.report.text import clean, esc, limit_of, number, quantity, table
 from apr_core.report.whys import whys_html
 
@@ -126,7 +128,7 @@ def show_diagnosis(diagnosis: Diagnosis) -> Shown:
 
 def show_evidence(evidence: Evidence) -> Shown:
     """A judged record: its canonical line, and the whys where it is falsified."""
-    return compose([str(evidence)], whys=evidence.whys)
+    return compose([str(evidence)], whys=evidence.whys, links=_links(evidence))
 
 
 def show_claims(round_: Round) -> Shown:
@@ -155,7 +157,10 @@ def show_claims(round_: Round) -> Shown:
 
 def show_whys(round_: Round) -> Shown:
     """Five whys of each falsified claim: questions and the answers that experiments gave."""
-    parts = [compose([f"{e.id} {e.verdict}: {e.reason}"], whys=e.whys or _NO_WHYS) for e in round_.falsified()]
+    parts = [
+        compose([f"{e.id} {e.verdict}: {e.reason}"], whys=e.whys or _NO_WHYS, links=_links(e))
+        for e in round_.falsified()
+    ]
     if not parts:
         return compose(["No claim of this round is falsified: there is nothing to explain."])
     return Shown(Markup("").join(p.html for p in parts), "\n".join(p.text for p in parts))
@@ -235,7 +240,20 @@ def _kills(matrix: Mapping[str, Any]) -> Iterator[tuple[str, str, object]]:
 _NO_WHYS = (("Why?", "No experiment has been recorded for this claim."),)
 
 
-def compose(said: Sequence[str], rows: Sequence[Mapping[str, Any]] = (), whys: Sequence[tuple[str, str]] = ()) -> Shown:
+def _links(e: Evidence) -> dict[str, str]:
+    """Where the numbers of a record lie, seen from its run folder, and its figure on the page of the run."""
+    from apr_core.report.figures import FIGURES
+
+    drawn = e.id in FIGURES and (e.attachments or e.rows)
+    return {"numbers": quote(evidence_file(e)), **({"figure": f"index.html#fig-{e.id}"} if drawn else {})}
+
+
+def compose(
+    said: Sequence[str],
+    rows: Sequence[Mapping[str, Any]] = (),
+    whys: Sequence[tuple[str, str]] = (),
+    links: Mapping[str, str] | None = None,
+) -> Shown:
     """Put lines (the first as a heading), a table of rows and a chain of whys into one display, all of it escaped."""
     first, *rest = [clean(line, 1000) for line in said]
     html = Markup("<p><strong>{}</strong></p>").format(esc(first))
@@ -243,7 +261,7 @@ def compose(said: Sequence[str], rows: Sequence[Mapping[str, Any]] = (), whys: S
         html += Markup("<p>{}</p>").format(Markup("<br>").join(esc(line) for line in rest))
     html += _scrolled(table([dict(r) for r in rows]), len(rows))
     if whys:
-        html += whys_html(whys)
+        html += whys_html(whys, links)
     text = [first, *rest, *([_text_table(rows)] if rows else [])]
     return Shown(html, "\n".join([*text, *(f"  {i}. {clean(q)} {clean(a)}" for i, (q, a) in enumerate(whys, 1))]))
 

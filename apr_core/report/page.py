@@ -379,7 +379,9 @@ def _evidence(e: Evidence) -> dict[str, Any]:
         "heads": [clean(h, 80) for h in heads],
         "rows": [[clean(number(r.get(h)), 400) for h in heads] for r in e.rows],
         "omitted": e.rows_omitted,
-        "whys": whys_html(e.whys, f"fig-{e.id}" if figure else ""),
+        "whys": whys_html(
+            e.whys, {"numbers": quote(evidence_file(e)), **({"figure": f"#fig-{e.id}"} if figure else {})}
+        ),
         "figure": figure,
         "figure_note": note,
     }

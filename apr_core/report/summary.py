@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from apr_core.errors import FormatError, ReadWriteError
-from apr_core.falsify.evidence import Evidence, SubjectRecord, too_new
+from apr_core.falsify.evidence import Evidence, SubjectRecord, read_evidence, too_new
 from apr_core.falsify.rounds import Conclusion, read_declared
 from apr_core.falsify.verdict import Verdict
 from apr_core.report.schema import parse
 from apr_core.report.text import clean, limit_of, quantity, seconds
+from apr_core.report.whys import whys_markdown
 
 SCHEMA = 2
 _SHOWN_IN_MARKDOWN = (Verdict.FALSIFIED, Verdict.INCONCLUSIVE, Verdict.NOT_RUN)
@@ -163,7 +165,7 @@ def write_summary(folder: Path, summary: Summary) -> Path:
     Raises:
         ReadWriteError: The folder cannot be written.
     """
-    write_whole(folder / "summary.md", markdown(summary))
+    write_whole(folder / "summary.md", markdown(summary) + _chains(folder, summary))
     return write_whole(folder / "summary.json", json.dumps(asdict(summary), indent=1, allow_nan=False) + "\n")
 
 
@@ -227,6 +229,21 @@ def _bytes_of(summary: Summary) -> str:
     types = ", ".join(f"{k} × {v}" for k, v in list(subject.quant.items())[:4])
     against = f"reference {reference.name}, sha256 {reference.sha256[:16]}" if reference else "no reference"
     return f"{subject.format}, {types}, sha256 {subject.sha256[:16]}; {against}"
+
+
+def _chains(folder: Path, summary: Summary) -> str:
+    """Five whys of each refuted claim, folded; every answer links to the record that holds its numbers."""
+    said = []
+    for name, claim in summary.claims.items():
+        if claim.verdict is not Verdict.FALSIFIED or claim.evidence is None:
+            continue
+        try:
+            whys = read_evidence(folder / claim.evidence).whys
+            chain = whys_markdown(whys, {"numbers": quote(claim.evidence)}, _md)
+        except FormatError as error:  # the verdict stands without it
+            chain = f"Its record cannot be read: {_md(error.found)}"
+        said += [f"<details><summary>Five whys of {_md(name)}</summary>", "", chain, "", "</details>", ""]
+    return "\n".join(said)
 
 
 def _md(text: str) -> str:

@@ -98,7 +98,7 @@ def test_claims_and_whys(round_: Round, finding: Callable[[str], Finding]) -> No
     for claim in round_.claims:
         assert claim.id in shown.html
         assert claim.id in shown.text
-    assert "<td>Where?</td><td>in &lt;layer&gt; 3</td>" in shown.html
+    assert '<td>Where?</td><td>in &lt;layer&gt; 3 <a href="evidence/' in shown.html
     assert "No experiment has been recorded" in show_whys(round_).html
     assert show_evidence(record).text.startswith(str(record))
 

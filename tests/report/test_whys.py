@@ -8,14 +8,13 @@ CHAIN = [("Which <tensor>?", "down_proj | 3 of 9\nvalues"), ("Proved?", "transpo
 
 
 def test_a_chain_is_a_numbered_table_of_questions_and_answers() -> None:
-    """Three columns, one row per why, foreign text escaped, the figure linked from the last answer alone."""
-    html = str(whys_html(CHAIN, "fig-1"))
+    """Three columns, one row per why, foreign text escaped, numbers and figure linked from each answer."""
+    html = str(whys_html(CHAIN, {"numbers": "evidence/1.json", "figure": "#fig-1"}))
     assert html.count("<tr>") == 3
     assert html.count('<th scope="col">') == 3
     assert "Which &lt;tensor&gt;?" in html
     assert "<tensor>" not in html
-    assert html.count('href="#fig-1"') == 1
-    assert html.index("restores") < html.index("#fig-1")
+    assert html.count('<a href="evidence/1.json">numbers</a> <a href="#fig-1">figure</a>') == len(CHAIN)
     assert str(whys_html([])) == ""
 
 
@@ -25,3 +24,4 @@ def test_markdown_cells_hold_whatever_a_file_says() -> None:
     assert lines[0] == "| Why | Question | Answer |"
     assert len(lines) == 4
     assert lines[2] == r"| 1 | Which \<tensor\>? | down\_proj \| 3 of 9 values |"
+    assert whys_markdown(CHAIN, {"numbers": "e.json"}).count("[numbers](e.json) |") == len(CHAIN)
