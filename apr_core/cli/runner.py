@@ -435,6 +435,7 @@ def _record_refusal(order: Order) -> None:
     """
     from collections import Counter
 
+    from apr_core.diagnose.recorded import Explainer
     from apr_core.engines.subject import obtain
     from apr_core.falsify.evidence import make_evidence, write_evidence
     from apr_core.falsify.finding import Finding
@@ -442,6 +443,7 @@ def _record_refusal(order: Order) -> None:
     subject = obtain(str(order.model), skip_contract=order.skip_contract)
     if subject.refusal is None:
         return
+    explained = Explainer(subject)
     counts = Counter(v.gate for v in subject.admission.violations)
     gates = [g for g in counts if g in load_claims()]
     for gate in gates:
@@ -454,6 +456,7 @@ def _record_refusal(order: Order) -> None:
             value=float(counts[gate]), compared=len(subject.checkpoint.tensors), expected=1, rows=rows, claim=gate
         )
         evidence = make_evidence(finding, subject.record, parameters=_injected(order), provenance=provenance.collect())
+        evidence = replace(evidence, whys=tuple(explained(evidence)))
         write_evidence(evidence, order.folder / "evidence")
     _declare_also(order.folder, gates)
 

@@ -138,6 +138,7 @@ def test_a_refused_model_is_falsified_evidence_also_without_notebook_10(house):
 
     assert code == Exit.REFUTED
     assert verdicts["F-DATA-QUALITY-003"][0].value == "FALSIFIED"
+    assert "What guards against its return?" in (house / "out" / "summary.md").read_text()
     assert verdicts["F-GT-001"][0].value == "NOT_RUN"
     assert DOWN in verdicts["F-GT-001"][1]
     assert DOWN in page
