@@ -146,8 +146,8 @@ def _panels(damage: Callable[[Any], None]) -> Planted:
 
         right = cpu_weights.panels
 
-        def packed(tensor: Any) -> Any:
-            made = right(tensor)
+        def packed(tensor: Any, out: Any) -> Any:
+            made = right(tensor, out)
             damage(made.view(np.uint16).reshape(-(-tensor.shape[0] // 16), -1, 16))
             return made
 
