@@ -172,17 +172,12 @@ def confusion(
 @app.command("rounds")
 def rounds() -> None:
     """Diagnose the twin of every root cause of the specification, and write docs/rounds.md and its records."""
-    import json
-
-    from apr_core.cli.output import plain, show
+    from apr_core.cli.output import show
     from apr_core.engines.subject import ROOT
     from apr_core.report.whys import whys_markdown
     from apr_core.zoo.rounds import diagnose_rounds, rounds_markdown
 
-    records = plain({"records": diagnose_rounds()})["records"]
-    (ROOT / "docs" / "rounds.json").write_text(
-        json.dumps(records, indent=1, ensure_ascii=True) + "\n", encoding="utf-8"
-    )
+    records = diagnose_rounds(folder=ROOT / "docs")
     page = rounds_markdown(records, [whys_markdown(record["whys"]) for record in records])
     (ROOT / "docs" / "rounds.md").write_text(page, encoding="utf-8")
     show(f"{len(records)} root causes in {ROOT / 'docs' / 'rounds.md'}")

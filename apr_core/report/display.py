@@ -166,6 +166,21 @@ def show_whys(round_: Round) -> Shown:
     return Shown(Markup("").join(p.html for p in parts), "\n".join(p.text for p in parts))
 
 
+def show_rounds(records: Sequence[Mapping[str, Any]]) -> Shown:
+    """The root causes of the specification: a table, and the chain that was measured on the twin of each."""
+    columns = ("round", "id", "twin", "cause", "place")
+    rows = [
+        {**{c: r[c] for c in columns}, "proved": "by repair" if r["proved"] else "", "guards": ", ".join(r["guards"])}
+        for r in records
+    ]
+    said = [(f"Round {r['round']}, {r['id']}", r["what"], f"Planted: {r['planted']}.") for r in records]
+    parts = [
+        compose([f"{len(records)} root causes, each diagnosed on a planted twin"], rows),
+        *(compose(lines, whys=r["whys"]) for lines, r in zip(said, records, strict=True)),
+    ]
+    return Shown(Markup("").join(p.html for p in parts), "\n".join(p.text for p in parts))
+
+
 def show_provenance(round_: Round) -> Shown:
     """Which bytes were examined, and by what code on which machine."""
     s, p = round_.subject, round_.provenance

@@ -6,6 +6,7 @@ The specification's root causes, each with a planted twin that is diagnosed here
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from apr_core.diagnose.explain import explain_failure
 from apr_core.engines.subject import Subject, obtain, resolve_model
 from apr_core.engines.wrap import wrap
 from apr_core.errors import Exit
+from apr_core.falsify.evidence import jsonable
 from apr_core.zoo.confusion import plant
 from apr_core.zoo.draft import take_apart
 from apr_core.zoo.matrix import find
@@ -80,8 +82,17 @@ ROOT_CAUSES: tuple[RootCause, ...] = (
 )  # fmt: skip
 
 
-def diagnose_rounds(model: str = "pygmy") -> list[dict[str, Any]]:
-    """Plant the twin of each root cause and diagnose it; one record each, chain included."""
+def diagnose_rounds(model: str = "pygmy", folder: Path | None = None) -> list[dict[str, Any]]:
+    """
+    Plant the twin of each root cause and diagnose it.
+
+    Args:
+        model: A healthy model; also the reference.
+        folder: Of a run, which keeps the records as ``rounds.json``.
+
+    Returns:
+        One record each, chain included.
+    """
     records = []
     subject = obtain(model, device="cpu")
     with closing(subject):
@@ -102,7 +113,15 @@ def diagnose_rounds(model: str = "pygmy") -> list[dict[str, Any]]:
                     "whys": [list(why) for why in found.whys],
                 }
             )
+    if folder is not None:
+        write_rounds(folder, records)
     return records
+
+
+def write_rounds(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write the records as ``rounds.json``."""
+    text = json.dumps(jsonable(list(records)), indent=1, ensure_ascii=True)
+    (folder / "rounds.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _diagnosed(root: RootCause, subject: Subject, reference: Path) -> tuple[Diagnosis, str]:

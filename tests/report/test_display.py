@@ -17,7 +17,15 @@ from apr_core.falsify.finding import Finding
 from apr_core.falsify.rounds import Round
 from apr_core.falsify.verdict import NotRun
 from apr_core.report import display
-from apr_core.report.display import show_claims, show_diagnosis, show_evidence, show_finding, show_provenance, show_whys
+from apr_core.report.display import (
+    show_claims,
+    show_diagnosis,
+    show_evidence,
+    show_finding,
+    show_provenance,
+    show_rounds,
+    show_whys,
+)
 from apr_core.report.figures import plot
 
 WHO = SubjectRecord("m.gguf", "/m.gguf", "gguf", "ab" * 32, {"Q8_0": 5}, 100, 110, "cpu")
@@ -180,3 +188,16 @@ def test_a_diagnosis_shows_each_chain() -> None:
     assert "<td>Is it?</td><td>yes</td>" in shown.html
     nothing = show_diagnosis(Diagnosis("nothing to explain", steps=(("Open?", "yes"),)))
     assert "<td>Open?</td>" in nothing.html
+
+
+def test_rounds_show_their_table_and_every_chain() -> None:
+    """One row and one chain for each root cause; what a record says is escaped."""
+    record = {
+        "round": 51, "id": "PMAT-235", "what": "Zeros <b>passed</b>.", "twin": "t", "planted": "zeros", "guards": ["F-1"],
+        "cause": "missing-data", "place": "model.embed", "proved": True, "whys": [["Are they there?", "no"]],
+    }  # fmt: skip
+    shown = show_rounds([record, {**record, "id": "GH-5", "proved": False}])
+    assert shown.text.count("1. Are they there? no") == 2
+    assert shown.text.count("by repair") == 1
+    assert "<b>" not in shown.html
+    assert shown.html.count("apr-whys") == 2
