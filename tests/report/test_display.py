@@ -193,7 +193,7 @@ def test_a_diagnosis_shows_each_chain() -> None:
 def test_rounds_show_their_table_and_every_chain() -> None:
     """One row and one chain for each root cause; what a record says is escaped."""
     record = {
-        "round": 51, "id": "PMAT-235", "what": "Zeros <b>passed</b>.", "twin": "t", "planted": "zeros", "guards": ["F-1"],
+        "round": 51, "id": "PMAT-235", "what": "Zeros <b>passed</b>.", "twin": "t", "planted": "0", "guards": ["F-1"],
         "cause": "missing-data", "place": "model.embed", "proved": True, "whys": [["Are they there?", "no"]],
     }  # fmt: skip
     shown = show_rounds([record, {**record, "id": "GH-5", "proved": False}])
