@@ -42,6 +42,7 @@ def examine(model: str, *, reference: str = "", device: str = "auto", skip_contr
         gates = []
         for notebook, room in ROOMS.items():
             import_module(f"apr_core.{room}.acts")
+            import_module("apr_core.bench.release")  # of notebook 20, above its room
             for claim in claims_of(notebook):
                 gates.append(_attempt(claim, subject, asked))
                 note(f"{claim.id} {gates[-1]['verdict']}")

@@ -45,6 +45,29 @@ def show_device(folder: Path = FOLDER) -> Shown:
     return Shown(first.html + second.html, f"{first.text}\n{second.text}")
 
 
+def show_imported(folder: Path = FOLDER) -> Shown:
+    """
+    Show every verdict that was imported from a device: which machine and commit, and that this run measured none of it.
+
+    Args:
+        folder: Unpacked records of ``ci/run_gpu.sh``.
+
+    Raises:
+        FormatError: A record is unreadable: silence would look like none.
+    """
+    records = list(_records(folder))
+    if not records:
+        return compose(["No evidence from a device: none has been imported into reports/gpu."])
+    about = sorted({f"{r.get('device_name', r['device'])}, commit {r['provenance']['commit']}" for r in records})
+    kept = ("part", "name", "verdict")
+    rows = [
+        {k: r[k] for k in kept}
+        | {"rel_l2": r["measured"].get("parity", {}).get("required_tolerance"), "reason": r.get("reason")}
+        for r in records
+    ]
+    return compose([f"Imported from {'; '.join(about)}", "not measured by this run, no part of its verdict"], rows)
+
+
 def _records(folder: Path) -> Iterator[Mapping[str, Any]]:
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:

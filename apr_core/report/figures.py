@@ -29,6 +29,7 @@ from apr_core.report.style import (
     INK,
     MARKERS,
     MUTED,
+    ORANGE,
     PAPER,
     VERMILLION,
     finish,
@@ -162,16 +163,19 @@ def plot_positions(source: Source) -> Figure | None:
         _legend(ax)
         wrong = "points would lie beyond the dashed limit, from the first wrong position on"
         lone = "the points would lie far above what the type explains, at many positions"
+        told = f"Were the claim false, {wrong if limits else lone}."
+        if m.claim is None:
+            told = "Coarser types lie higher at every position; were one damaged, a coarser one would lie below it."
         return finish(
             figure,
             alt=f"Dot plot: {', '.join(label(k, 24) for k in series)} at {len(values)} positions, "
             f"{_span(every)}{_said(limits)}.",
-            caption=f"Were the claim false, {wrong if limits else lone}.{zeros}" + _not_drawn(every, drawn),
+            caption=f"{told}{zeros}" + _not_drawn(every, drawn),
         )
 
 
 def plot_margins(source: Source) -> Figure | None:
-    """Margin of the top token per position over the near-tie band; flips are crossed."""
+    """Margin of the top token per position over the near-tie band; flips are crossed, near-ties ringed."""
     m = material(source)
     margin, tau, flipped = m.numbers("margin"), m.numbers("tau"), m.numbers("flipped")
     if margin is None or not np.isfinite(margin).any():
@@ -186,17 +190,29 @@ def plot_margins(source: Source) -> Figure | None:
             ax.plot(band, tau.ravel()[band], color=INK, ls="--", lw=1.2, label="near-tie below", marker="")
         known = flipped is not None and flipped.size == margin.size
         other = np.flatnonzero(flipped.ravel() > 0) if flipped is not None and known else np.array([], dtype=np.intp)
+        decided = margin[other] > (tau.ravel()[other] if tau is not None and tau.size == margin.size else 0.0)
+        ties, other = other[~decided], other[decided]
+        if len(ties):
+            ax.plot(ties, margin[ties], "o", ms=8, mfc="none", mec=ORANGE, mew=1.5, label="near-tie flip", zorder=4)
         if len(other):
-            ax.plot(other, margin[other], "X", ms=8, color=VERMILLION, label="another top token", zorder=4)
+            ax.plot(other, margin[other], "X", ms=8, color=VERMILLION, label="decisive flip", zorder=4)
         zeros = scale_y(ax, np.append(margin, [] if tau is None else tau.ravel()), [], "are exact ties")
         _axes(ax, "position (token)", "margin (logit)")
         _whole_numbers(ax)
         _legend(ax)
         return finish(
             figure,
-            alt=f"Dot plot: margin of the top token at {len(margin)} positions, {_span(margin)}; {len(other)} flips.",
-            caption="Were the claim false, a cross would stand above the dashed line: another top token although the "
-            f"margin decides.{zeros}" + _not_drawn(margin, len(kept)),
+            alt=f"Dot plot: margin of the top token at {len(margin)} positions, {_span(margin)}; {len(other)} "
+            f"decisive flips, {len(ties)} near-tie flips.",
+            caption=(
+                "Were the claim false, a cross would stand above the dashed line: another top token although the "
+                "margin decides."
+                if m.claim
+                else "A cross is a token that was decided and became another one, a ring a coin toss. Rounded weights "
+                "cost a few of both; a second forward of the same weights must show no cross."
+            )
+            + zeros
+            + _not_drawn(margin, len(kept)),
         )
 
 

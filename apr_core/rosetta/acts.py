@@ -227,7 +227,7 @@ def no_injected_control_tokens(subject: Subject) -> Finding:
 @act("F-GT-006")
 def golden_answers(subject: Subject) -> Finding:
     """Ask the golden prompts and compare the answers with the recorded ones."""
-    return _answers(subject, subject.model, "the recorded answers")
+    return answers(subject, subject.model, "the recorded answers")
 
 
 @act("F-GT-007")
@@ -236,7 +236,7 @@ def golden_answers_survive_q8_0(subject: Subject) -> Finding:
     """Ask the golden prompts of a Q8_0 GGUF copy."""
     path = copies_of(subject).path("gguf", "Q8_0")
     try:
-        return _answers(subject, load_copy(path, subject), "the recorded answers, asked of a Q8_0 copy")
+        return answers(subject, load_copy(path, subject), "the recorded answers, asked of a Q8_0 copy")
     except (FormatError, ContractViolation, LoadError) as error:
         count = len((subject.golden or {"cases": []})["cases"])
         refusal = " ".join(error.message.split())[:300]
@@ -404,8 +404,8 @@ def _attacks(tokenizer: Tokenizer) -> Iterator[tuple[str, str, int]]:
         yield "two messages", token, mismatches(harmless, ids_of(prepare_tokens(tokenizer, messages=halves)))
 
 
-def _answers(subject: Subject, model: TracedForward, reference: str) -> Finding:
-    """Ask every golden prompt; an answer must be equal and end by itself."""
+def answers(subject: Subject, model: TracedForward, reference: str) -> Finding:
+    """Ask a model every golden prompt of a subject; an answer must be equal and end by itself."""
     from apr_core.model.generate import generate
     from apr_core.model.tokens import prepare_tokens
 

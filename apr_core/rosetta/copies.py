@@ -95,6 +95,22 @@ class Copies:
             _after_writing.get()(target)
         return target
 
+    def onward(self, source: Path, format: str, quantize: str | None = None) -> Path:
+        """
+        Convert a copy once more: how a file comes about that was converted twice.
+
+        Raises:
+            NoCopyError: The container cannot hold it.
+        """
+        target = named(self.folder / f"{quantize or 'keep'}-of-{source.name}", format)
+        if not target.exists():
+            try:
+                convert(source, target, quantize=quantize, bare=True)
+            except (LoadError, UsageError) as error:
+                raise NoCopyError(error.message, advice=error.advice) from error
+            _after_writing.get()(target)
+        return target
+
     @cached_property
     def diffs(self) -> dict[str, TensorDiff]:
         """Every tensor of every copy against the subject's, bit for bit."""

@@ -48,12 +48,14 @@ from apr_core.zoo.score import BEYOND_THE_FILE, CRASH, PREFLIGHT, Judged, Matrix
 # In the order of work: gates read what is measured already, conversation and parity follow, the meter comes last.
 ROOMS = {"10_contract_gates": "zoo", "00_ground_truth": "rosetta", "20_parity": "parity", "30_throughput": "bench"}
 TIMED = "30_throughput"
+# Claims that make six files more and run them: asked only where a defect is of those.
+RELEASE = frozenset({"F-PAR-011", "F-PAR-012"})
 # Claims about the gates themselves, on a synthetic twin: they look at nothing of the subject, so one judgement serves
 # every item of a process.
 OF_THE_GATES = frozenset({"F-BENIGN-001", "F-ADMIT-001"})
 # The only claims that look at copies, and the one of them that runs no forward of the subject: what an item cannot
 # reach is judged on the healthy file once per process.
-OF_COPIES = frozenset({"F-GT-001", "F-GT-002", "F-GT-003", "F-GT-007", "F-GT-012"})
+OF_COPIES = frozenset({"F-GT-001", "F-GT-002", "F-GT-003", "F-GT-007", "F-GT-012", "F-PAR-011"})
 OF_COPIES_ALONE = "F-GT-007"
 # Free-running comparisons keep the length that `apr qa` and the notebooks use: nothing is cut for speed.
 NEW_TOKENS = 64
@@ -82,6 +84,7 @@ def stand_for(model: Path) -> Stand:
     """Take the healthy model apart once per process."""
     for room in ROOMS.values():
         import_module(f"apr_core.{room}.acts")
+    import_module("apr_core.bench.release")
     reference = obtain(str(model), device="cpu", max_new_tokens=NEW_TOKENS)
     folder = Path(tempfile.mkdtemp(prefix="healthy-", dir=_own_folder()))
     return Stand(mark(reference), reference, put_together(mark(reference), folder / "again"))
@@ -108,12 +111,14 @@ def claims_for(item: Defect | Benign) -> tuple[str, ...]:
     """
     Choose the claims that an item meets, in the order of asking.
 
-    The timed ones only for faults of the meter; oddities that change values on purpose are not held against
-    the healthy model or its golden answers.
+    The timed ones only for faults of the meter, the release matrix only for faults of its files; oddities that change
+    values on purpose are not held against the healthy model or its golden answers.
     """
-    timed = isinstance(item, Defect) and any(k.startswith("F-THR") for k in item.kills)
+    kills = set(item.kills) if isinstance(item, Defect) else set[str]()
+    timed = any(k.startswith("F-THR") for k in kills)
     alone = isinstance(item, Benign) and (item.twin or item.alone)
     claims = [c for notebook in ROOMS if notebook != TIMED or timed for c in claims_of(notebook)]
+    claims = [c for c in claims if c.id not in RELEASE or RELEASE & kills]
     return tuple(c.id for c in claims if not (alone and BEYOND_THE_FILE & set(c.needs)))
 
 

@@ -49,7 +49,7 @@ _BASE = "the vendor's base models carry the same template and end on other token
 _LEGAL = "another tokenizer of the same size is as legal: only what the weights were trained with tells"
 _PLAUSIBLE = "the value is one that a healthy Qwen2 can have"
 _FAMILY = "a fine-tune may speak another format: only the vendor's own template tells"
-_ASKED = "eight-bit copies are asked golden questions, which a file alone does not bring"
+_ASKED = "quantised copies are asked golden questions, which a file alone does not bring"
 _WORDING = "a template may say so: only the vendor's own tells that it should not"
 
 Json = dict[str, Any]
@@ -454,6 +454,32 @@ def _unsigned(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return blocks
 
 
+def _of_q4_k(edit: Callable[[NDArray[np.uint8]], Any]) -> Edit:
+    """Change the blocks of Q4_K tensors, [blocks, 144]: two float16 scales, 12 bytes of six-bit ones, 128 of codes."""
+
+    def change(_: Json, tensors: Tensors) -> None:
+        for name, (dtype, shape, data) in tensors.items():
+            if dtype.name == "Q4_K":
+                tensors[name] = (dtype, shape, np.ascontiguousarray(edit(data.reshape(-1, 144).copy())).reshape(-1))
+
+    return change
+
+
+def _no_minimum(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    blocks[:, 2:4] = 0
+    return blocks
+
+
+def _nibbles(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    blocks[:, 16:] = blocks[:, 16:] << 4 | blocks[:, 16:] >> 4
+    return blocks
+
+
+def _next_scales(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    blocks[:, 4:16] = np.roll(blocks[:, 4:16], 1, axis=0)
+    return blocks
+
+
 def _backwards(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     blocks = data.reshape(-1, 34)
     return np.concatenate([blocks[:, :2], blocks[:, :1:-1]], axis=1)
@@ -853,6 +879,22 @@ DEFECTS: tuple[Defect, ...] = (
     *_copies("q8-configuration",
         ("q8-theta-lost", "the Q8_0 copy lost its rope base", "bug 210", "F-GT-007",
          _tamper(_said("rope.freq_base", None), "Q8_0")),
+        alone=_ASKED,
+    ),
+    *_copies("q4-codec",
+        ("q4-minimum-lost", "the Q4_K file has lost its minima", "peers K2", "F-PAR-011",
+         _tamper(_of_q4_k(_no_minimum), "Q4_K_M")),
+        ("q4-nibbles", "the nibbles of each byte of the Q4_K file are exchanged", "peers Q1", "F-PAR-011",
+         _tamper(_of_q4_k(_nibbles), "Q4_K_M")),
+        ("q4-scales-shifted", "the Q4_K file has the scales of the block before", "llama.cpp 27007", "F-PAR-011",
+         _tamper(_of_q4_k(_next_scales), "Q4_K_M")),
+        alone=_ASKED,
+    ),
+    *_copies("q4-words",
+        ("q4-template-lost", "the Q4_K file has no template", "Round 52, PMAT-236", "F-PAR-011",
+         _tamper(_said("chat_template", None), "Q4_K_M")),
+        ("q4-theta-lost", "the Q4_K file says another rope base", "llama.cpp 2768", "F-PAR-011",
+         _tamper(_said("rope.freq_base", 10000.0), "Q4_K_M")),
         alone=_ASKED,
     ),
 )

@@ -172,6 +172,7 @@ sys.modules["numba"] = sys.modules["llvmlite"] = None
 from apr_core.engines.subject import obtain
 from apr_core.falsify.claims import claims_of
 from apr_core.falsify.finding import ACTS
+from apr_core.bench import release as _
 from apr_core.parity import acts as _
 from apr_core.rosetta import acts as _
 from apr_core.zoo import acts as _

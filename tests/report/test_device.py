@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from apr_core.errors import FormatError
-from apr_core.report.device import show_device
+from apr_core.report.device import show_device, show_imported
 
 
 def _record(name: str, **measured: object) -> str:
@@ -20,6 +20,7 @@ def test_no_evidence_is_said(tmp_path: Path) -> None:
     """Without a folder, and with nothing of the kind in it."""
     for folder in (tmp_path / "absent", tmp_path):
         assert "No evidence from a device" in show_device(folder).text
+        assert "none has been imported into reports/gpu" in show_imported(folder).text
 
 
 def test_rates_and_kernels_are_shown_as_imported(tmp_path: Path) -> None:
@@ -47,3 +48,13 @@ def test_an_unreadable_record_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "1.json").write_text(text)
     with pytest.raises(FormatError, match=r"a record of ci/run_gpu\.sh"):
         show_device(tmp_path)
+
+
+def test_every_imported_verdict_is_shown_with_its_machine_and_commit(tmp_path: Path) -> None:
+    """Rates or not, refuted or not: a record that is left out could be the refuted one."""
+    (tmp_path / "1.json").write_text(_record("synth-1.5b", parity={"required_tolerance": 3.1e-6}))
+    (tmp_path / "2.json").write_text(_record("<i>").replace("CORROBORATED", "FALSIFIED"))
+    shown = show_imported(tmp_path)
+    for said in ("Imported from <H200>, commit c0ffee", "no part of its verdict", "3.1e-06", "FALSIFIED"):
+        assert said in shown.text
+    assert "<i>" not in shown.html

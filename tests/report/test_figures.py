@@ -196,11 +196,18 @@ def test_a_budget_of_the_mean_is_no_limit_of_a_point(finding: Callable[[str], Fi
 
 
 def test_flips_are_crossed(finding: Callable[[str], Finding]) -> None:
-    """A top token that differs is a cross over the near-tie band; without flips there is none."""
+    """A decisive flip is a cross over the near-tie band, a tie that flipped a ring; without flips there is neither."""
     found = finding("F-PAR-005")
     figure = plot_margins(found)
-    assert words(figure) == ["margin of the top token", "near-tie below", "another top token"]
+    assert words(figure) == ["margin of the top token", "near-tie below", "decisive flip"]
     assert list(lines(figure, "X")[0].get_xdata()) == [5]
+    margin, flipped = np.array([3.0, 0.01, 2.0, 1.0]), np.array([True, True, False, True])
+    both = plot_margins(Finding(None, 4, 4, arrays={"margin": margin, "tau": np.full(4, 0.05), "flipped": flipped}))
+    assert words(both) == ["margin of the top token", "near-tie below", "near-tie flip", "decisive flip"]
+    assert list(lines(both, "X")[0].get_xdata()) == [0, 3]
+    assert [list(line.get_xdata()) for line in both.axes[0].lines if line.get_label() == "near-tie flip"] == [[1]]
+    assert alt_text(both).endswith("2 decisive flips, 1 near-tie flips.")
+    assert caption_of(both).startswith("A cross is a token that was decided")
     bare = plot_margins(replace(found, arrays={"margin": np.array([1.0, 2.0])}))
     assert words(bare) == ["margin of the top token"]
 
