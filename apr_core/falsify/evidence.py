@@ -111,7 +111,10 @@ class Evidence:
             found = hashlib.sha256(data).hexdigest()
             if found != item["sha256"]:
                 raise FormatError(
-                    expected=f"sha256 {item['sha256']}", found=found, file=path, advice="run the notebook again"
+                    expected=f"sha256 {item['sha256']}",
+                    found=f"sha256 {found}: {path.name} was altered",
+                    file=path,
+                    advice="run the notebook again",
                 )
             with np.load(path) as npz:
                 out.update({k: npz[k] for k in npz.files})
