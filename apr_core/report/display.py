@@ -23,7 +23,7 @@ from apr_core.falsify.finding import Finding
 from apr_core.falsify.rounds import Round
 from apr_core.report import shell as shell_
 from apr_core.report.summary import evidence_file
-from apr_core.report.text import clean, esc, limit_of, number, quantity, table
+from apr_core.report.text import clean, esc, limit_of, machine_facts, number, quantity, table
 from apr_core.report.whys import whys_html
 
 
@@ -183,7 +183,7 @@ def show_rounds(records: Sequence[Mapping[str, Any]]) -> Shown:
 
 def show_provenance(round_: Round) -> Shown:
     """Which bytes were examined, and by what code on which machine."""
-    s, p = round_.subject, round_.provenance
+    s = round_.subject
     facts: dict[str, object] = {
         "model": s.name,
         "format": s.format,
@@ -194,10 +194,7 @@ def show_provenance(round_: Round) -> Shown:
         "refused": s.refusal,
         "contract": "bypassed (--skip-contract): nothing here can be corroborated" if s.bypassed else "",
         "reference": f"{round_.reference.name} (sha256 {round_.reference.sha256})" if round_.reference else "",
-        "machine": f"{p.get('platform', '')}, {p.get('cpu', '')}, {p.get('cores', '')} cores",
-        "python": p.get("python", ""),
-        "packages": ", ".join(f"{k} {v}" for k, v in dict(p.get("packages") or {}).items()),
-        "commit": f"{p.get('commit') or 'none'}{' (edited)' if p.get('dirty') else ''}",
+        **{heading.lower(): known for heading, known in machine_facts(round_.provenance).items()},
         "parameters given": ", ".join(f"{k}={v}" for k, v in round_.parameters.items()),
     }
     known = {k: clean(v, 400) for k, v in facts.items() if v not in ("", None)}

@@ -21,7 +21,18 @@ from apr_core.falsify.evidence import Evidence
 from apr_core.falsify.rounds import WORST_FIRST, Conclusion, read_declared
 from apr_core.falsify.verdict import NotRun, Verdict
 from apr_core.report.summary import NotebookStatus, evidence_file, examined, write_whole
-from apr_core.report.text import clean, columns, esc, limit_of, nbytes, number, percent, quantity, seconds
+from apr_core.report.text import (
+    clean,
+    columns,
+    esc,
+    limit_of,
+    machine_facts,
+    nbytes,
+    number,
+    percent,
+    quantity,
+    seconds,
+)
 from apr_core.report.whys import whys_html
 
 if TYPE_CHECKING:
@@ -188,20 +199,19 @@ def published_rates() -> dict[str, Any] | None:
     """
     try:
         body = json.loads(resources.files("apr_core").joinpath("zoo", "rates.json").read_text("utf-8"))
-        rates = dict(body.get("rates", body))
-    except (OSError, ValueError, TypeError, AttributeError):
+        rates = body["rates"]
+        return {
+            "kill": percent(rates["kill_rate"]),
+            "second": percent(rates["second_killer_rate"]),
+            "alarm": percent(rates["false_alarm_rate"]),
+            "alone": percent(rates["kill_rate_alone"]),
+            "model": body["model"],
+            "date": body["date"],
+            "code": body["code_digest"][:12],
+            "counts": {k.replace("_", " "): v for k, v in body["counts"].items()},
+        }
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    model = body.get("model", "")
-    return {
-        "kill": percent(rates.get("kill_rate")),
-        "second": percent(rates.get("second_killer_rate")),
-        "alarm": percent(rates.get("false_alarm_rate")),
-        "alone": percent(rates.get("kill_rate_alone")),
-        "model": clean(model.get("name", "") if isinstance(model, dict) else model, 120),
-        "date": clean(body.get("date") or body.get("time") or "", 40),
-        "code": clean(body.get("code_digest") or body.get("code") or "", 80)[:12],
-        "counts": {clean(str(k).replace("_", " "), 40): number(v) for k, v in dict(body.get("counts") or {}).items()},
-    }
 
 
 def _glance(declared: Mapping[str, Any], notebooks: Mapping[str, NotebookStatus]) -> list[str]:
@@ -287,15 +297,9 @@ def _subject(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _machine(declared: Mapping[str, Any]) -> dict[str, object]:
-    p = declared["provenance"]
     facts = {
         "Time": _clock(declared),
-        "Machine": ", ".join(str(p[k]) for k in ("platform", "cpu") if p.get(k)),
-        "Cores": p.get("cores"),
-        "Python": p.get("python"),
-        "Packages": ", ".join(f"{k} {v}" for k, v in dict(p.get("packages") or {}).items()),
-        "Commit": f"{p['commit']}{' (edited since)' if p.get('dirty') else ''}" if p.get("commit") else "",
-        "Command": p.get("command"),
+        **machine_facts(declared["provenance"]),
         "Asked for": ", ".join(declared["asked"]),
         "Parameters": ", ".join(f"{k} = {v!r}" for k, v in declared["parameters"].items()),
     }

@@ -84,6 +84,19 @@ def limit_of(claim: Mapping[str, Any]) -> str:
     return f"{sign} {quantity(float(claim['threshold']), str(claim['unit']))}"
 
 
+def machine_facts(provenance: Mapping[str, Any]) -> dict[str, object]:
+    """What ran, on what, by heading; what is not known is empty."""
+    p = provenance
+    return {
+        "Machine": ", ".join(str(p[k]) for k in ("platform", "cpu") if p.get(k)),
+        "Cores": p.get("cores"),
+        "Python": p.get("python"),
+        "Packages": ", ".join(f"{k} {v}" for k, v in dict(p.get("packages") or {}).items()),
+        "Commit": f"{p['commit']}{' (edited since)' if p.get('dirty') else ''}" if p.get("commit") else "",
+        "Command": p.get("command"),
+    }
+
+
 def percent(share: object) -> str:
     """Write a share of one; never rounded up to a hundred, nor down to nothing."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share):

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from apr_core.report.page import image, stylesheet, template
 from apr_core.report.summary import write_whole
-from apr_core.report.text import clean, columns, number, percent, seconds
+from apr_core.report.text import clean, columns, machine_facts, number, percent, seconds
 
 # Name in the JSON -> what a person had. The letter is the style that shows a kill in this view.
 VIEWS: dict[str, tuple[str, str, str]] = {
@@ -51,12 +51,12 @@ def write_zoo_page(folder: Path, matrix: Mapping[str, Any]) -> Path:
 
     Args:
         folder: Where to; must exist.
-        matrix: The JSON that ``apr zoo matrix`` writes; an absent list is an empty one.
+        matrix: The JSON that ``apr zoo matrix`` writes.
 
     Raises:
         ReadWriteError: The page cannot be written.
     """
-    matrix = {**matrix, "unnoticed": [s for s in _list(matrix, "suite_faults") if not s.get("caught")]}
+    matrix = {**matrix, "unnoticed": [s for s in matrix["suite_faults"] if not s["caught"]]}
     claims = _claims(matrix)
     views = [_view(name, matrix, claims) for name in VIEWS]
     faults = [_part(matrix, key, *words) for key, words in FAULTS.items()]
@@ -67,53 +67,31 @@ def write_zoo_page(folder: Path, matrix: Mapping[str, Any]) -> Path:
         "faults": [f for f in faults if f["count"]],
         "claims": claims,
         "classes": _classes(matrix, claims),
-        "rows": [_claim(c) for c in _list(matrix, "claims")],
+        "rows": [_claim(c) for c in matrix["claims"]],
         "parts": [p for p in (_part(matrix, key, *words) for key, words in PARTS.items()) if p["count"]],
-        "power": _power(_list(matrix, "power")),
+        "power": _power(matrix.get("power", [])),
         "made": _made(matrix),
     }
     return write_whole(folder / "index.html", template("zoo.html.j2").render(context))
 
 
-def _list(matrix: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """A list of records; an entry that is only a name becomes one, and what is no list is an empty one."""
-    found = matrix.get(key)
-    if isinstance(found, Mapping):
-        found = [{"id": k, **v} if isinstance(v, Mapping) else {"id": k, "reason": v} for k, v in found.items()]
-    return [dict(x) if isinstance(x, Mapping) else {"id": x} for x in found] if isinstance(found, list | tuple) else []
-
-
-def _map(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    """Of which item a record speaks."""
-    return next((str(row[k]) for k in ("defect", "benign", "item", "claim", "id") if row.get(k)), "")
-
-
-def _class(defect: Mapping[str, Any]) -> str:
-    return str(defect.get("class", defect.get("klass", "")))
-
-
 def _planted(matrix: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The defects that the model could be given."""
-    absent = {_name(x) for x in _list(matrix, "not_applicable")}
-    return [d for d in _list(matrix, "defects") if str(d.get("id")) not in absent and not d.get("not_applicable")]
+    return [d for d in matrix["defects"] if not d["not_applicable"]]
 
 
 def _rows(matrix: Mapping[str, Any], view: str) -> dict[str, dict[str, Any]]:
     """Defect -> its row in this view; ``kills`` holds the killers, the first first."""
-    return {_name(r): r for r in _list(_map(_map(matrix.get("matrices")).get(view)), "kills")}
+    return {r["defect"]: r for r in matrix["matrices"][view]["kills"]}
 
 
 def _claims(matrix: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The columns in the order of asking: the preflight, the gates, then every other claim that could run here."""
-    asked = sorted(_list(matrix, "claims"), key=lambda c: c.get("notebook") != "10_contract_gates")
-    known = {_name(c): c for c in asked}
-    killers = {str(k) for view in VIEWS for row in _rows(matrix, view).values() for k in row.get("kills") or ()}
+    asked = sorted(matrix["claims"], key=lambda c: c["notebook"] != "10_contract_gates")
+    known = {c["claim"]: c for c in asked}
+    killers = {k for view in VIEWS for row in _rows(matrix, view).values() for k in row["kills"]}
     kept = sorted(killers - known.keys())
-    kept += [n for n in known if n in killers or known[n].get("verdict") != "NOT_RUN"]
+    kept += [n for n in known if n in killers or known[n]["verdict"] != "NOT_RUN"]
     books = [str(known.get(n, {}).get("notebook", "")) for n in kept]
     return [
         {"id": n, "title": clean(known.get(n, {}).get("title", ""), 80), "new": i > 0 and books[i] != books[i - 1]}
@@ -124,19 +102,19 @@ def _claims(matrix: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _view(name: str, matrix: Mapping[str, Any], claims: list[dict[str, Any]]) -> dict[str, Any]:
     """One of the three matrices: its rates, and the columns that it does not have."""
     letter, title, what = VIEWS[name]
-    found, rows = _map(_map(matrix.get("matrices")).get(name)), _rows(matrix, name)
-    killers = {str(k) for r in rows.values() for k in r.get("kills") or ()}
-    times = [r["time_to_kill_s"] for r in rows.values() if isinstance(r.get("time_to_kill_s"), int | float)]
-    mine = {str(c) for c in found.get("claims") or ()} | killers
+    found, rows = matrix["matrices"][name], _rows(matrix, name)
+    killers = {k for r in rows.values() for k in r["kills"]}
+    times = [r["time_to_kill_s"] for r in rows.values() if r.get("time_to_kill_s") is not None]
+    mine = {*found["claims"], *killers}
     return {
         "letter": letter,
         "title": title,
         "what": what,
-        "killed": found.get("killed", 0),
-        "of": found.get("of", 0),
+        "killed": found["killed"],
+        "of": found["of"],
         "killers": len(killers),
-        "rate": percent(found.get("kill_rate")),
-        "second": percent(found.get("second_killer_rate")),
+        "rate": percent(found["kill_rate"]),
+        "second": percent(found["second_killer_rate"]),
         "time": seconds(median(times)) if times else "–",
         "hidden": [i for i, c in enumerate(claims, 2) if c["id"] not in mine],
     }
@@ -158,11 +136,10 @@ def _hiding(views: Iterable[dict[str, Any]]) -> Markup:
 
 
 def _head(matrix: Mapping[str, Any], views: list[dict[str, Any]], faults: Mapping[str, int]) -> dict[str, Any]:
-    planted, benign = _planted(matrix), _list(matrix, "benign")
-    suite, rates = _list(matrix, "suite_faults"), _map(matrix.get("rates"))
-    invisible = sum(bool(d.get("invisible_alone")) for d in planted)
-    alarmed = len({_name(a) for a in _list(matrix, "alarms")})
-    caught = sum(bool(s.get("caught")) for s in suite)
+    planted, benign, suite, rates = _planted(matrix), matrix["benign"], matrix["suite_faults"], matrix["rates"]
+    invisible = sum(bool(d["invisible_alone"]) for d in planted)
+    alarmed = len({a["benign"] for a in matrix["alarms"]})
+    caught = sum(bool(s["caught"]) for s in suite)
     reference, alone = views[0], views[2]
     words = {
         "survivors": ("survives", "survive"),
@@ -177,27 +154,22 @@ def _head(matrix: Mapping[str, Any], views: list[dict[str, Any]], faults: Mappin
         f"{alone['rate']} of {alone['of']} without; "
         + (", ".join(bad) or f"none of {len(benign)} legal oddities alarms it")
         + ".",
-        "exit": matrix.get("exit_code"),
-        "exit_kind": _EXIT.get(matrix.get("exit_code", -1), ("inconclusive", ""))[0],
-        "exit_words": _EXIT.get(matrix.get("exit_code", -1), ("", ""))[1],
+        "exit": matrix["exit_code"],
+        "exit_kind": _EXIT[matrix["exit_code"]][0],
+        "exit_words": _EXIT[matrix["exit_code"]][1],
         "quick": bool(matrix.get("quick")),
-        "classes": len({_class(d) for d in planted}),
+        "classes": len({d["class"] for d in planted}),
         "alone": f"{len(planted) - invisible} of {len(planted)} defects can be seen in the file itself; the other "
         f"{invisible} cannot by their nature, and count only where there is a reference."
         if invisible
         else "",
         "alarms": f"{alarmed} of {len(benign)}",
-        "alarm_rate": percent(rates.get("false_alarm_rate")),
+        "alarm_rate": percent(rates["false_alarm_rate"]),
         "suite": f"{caught} of {len(suite)}",
-        "suite_rate": percent(rates.get("suite_fault_rate")),
-        "time": str(_map(matrix.get("provenance")).get("time", "")).replace("T", " ").replace("+00:00", " UTC"),
-        "model": clean(_model(matrix), 120),
+        "suite_rate": percent(rates["suite_fault_rate"]),
+        "time": str(matrix.get("provenance", {}).get("time", "")).replace("T", " ").replace("+00:00", " UTC"),
+        "model": clean(matrix["model"]["name"], 120),
     }
-
-
-def _model(matrix: Mapping[str, Any]) -> str:
-    model = matrix.get("model")
-    return str(model.get("name", "") if isinstance(model, Mapping) else model or "")
 
 
 def _classes(matrix: Mapping[str, Any], claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,24 +177,23 @@ def _classes(matrix: Mapping[str, Any], claims: list[dict[str, Any]]) -> list[di
     ranks: dict[str, dict[str, dict[str, int]]] = {}
     for view, (letter, _, _) in VIEWS.items():
         for name, row in _rows(matrix, view).items():
-            for rank, claim in enumerate(row.get("kills") or (), 1):
-                ranks.setdefault(name, {}).setdefault(str(claim), {})[letter] = rank
-    behind = {(_name(k), str(k.get("claim"))) for k in _list(matrix, "kills") if k.get("behind_gate")}
-    missed = {(_name(b), str(b.get("claim"))) for b in _list(matrix, "broken_promises")}
-    absent = {_name(d) for d in _list(matrix, "defects")} - {_name(d) for d in _planted(matrix)}
+            for rank, claim in enumerate(row["kills"], 1):
+                ranks.setdefault(name, {}).setdefault(claim, {})[letter] = rank
+    behind = {(k["defect"], k["claim"]) for k in matrix["kills"] if k["behind_gate"]}
+    missed = {(b["defect"], b["claim"]) for b in matrix["broken_promises"]}
     marks = {
-        "survivor": ("falsified", {_name(s) for s in _list(matrix, "survivors")}),
-        "crash": ("falsified", {_name(s) for s in _list(matrix, "crashes")}),
+        "survivor": ("falsified", {s["defect"] for s in matrix["survivors"]}),
+        "crash": ("falsified", {s["item"] for s in matrix["crashes"]}),
         "broken promise": ("inconclusive", {name for name, _ in missed}),
-        "not applicable": ("not-run", absent),
-        "invisible alone": ("not-run", {_name(d) for d in _list(matrix, "defects") if d.get("invisible_alone")}),
+        "not applicable": ("not-run", {d["id"] for d in matrix["defects"] if d["not_applicable"]}),
+        "invisible alone": ("not-run", {d["id"] for d in matrix["defects"] if d["invisible_alone"]}),
     }
     groups: dict[str, list[dict[str, Any]]] = {}
-    for defect in _list(matrix, "defects"):
-        name = _name(defect)
+    for defect in matrix["defects"]:
+        name = defect["id"]
         row = {
             "id": clean(name, 120),
-            "what": clean(defect.get("what") or name, _TEXT),
+            "what": clean(defect["what"], _TEXT),
             "flags": [(word, kind) for word, (kind, names) in marks.items() if name in names],
             "facts": _facts(defect),
             "cells": Markup("").join(
@@ -235,20 +206,20 @@ def _classes(matrix: Mapping[str, Any], claims: list[dict[str, Any]]) -> list[di
                 for c in claims
             ),
         }
-        groups.setdefault(_class(defect), []).append(row)
+        groups.setdefault(defect["class"], []).append(row)
     return [{"name": clean(k.replace("-", " "), 120), "rows": rows} for k, rows in groups.items()]
 
 
 def _facts(defect: Mapping[str, Any]) -> dict[str, str]:
     """What a row of the matrix opens to."""
     facts = {
-        "Id": _name(defect),
-        "Source": defect.get("source"),
-        "Cause": defect.get("cause"),
-        "Planted in": " ".join(str(defect[k]) for k in ("planted_in", "role", "tensor") if defect.get(k)),
-        "Must be killed by": _said(defect.get("kills") or ()),
-        "Invisible alone": defect.get("invisible_alone"),
-        "Not applicable": defect.get("not_applicable"),
+        "Id": defect["id"],
+        "Source": defect["source"],
+        "Cause": defect["cause"],
+        "Planted in": " ".join(str(defect[k]) for k in ("planted_in", "role", "tensor") if defect[k]),
+        "Must be killed by": _said(defect["kills"]),
+        "Invisible alone": defect["invisible_alone"],
+        "Not applicable": defect["not_applicable"],
     }
     return {k: clean(v, _TEXT) for k, v in facts.items() if v}
 
@@ -264,21 +235,21 @@ def _cell(ranks: Mapping[str, int], *, behind: bool, missed: bool, new: bool) ->
 
 def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
     """Whether a claim has earned its row."""
-    verdict = str(claim.get("verdict", ""))
+    kinds = {"earned": "corroborated", "redundant": "not-run", "NOT_RUN": "not-run"}
     return {
-        "id": clean(_name(claim), 80),
-        "title": clean(claim.get("title", ""), 160),
-        "notebook": clean(claim.get("notebook", ""), 80),
-        "row": clean(verdict, 80),
-        "kind": {"earned": "corroborated", "redundant": "not-run", "NOT_RUN": "not-run"}.get(verdict, "inconclusive"),
-        "counts": [len(claim.get(k) or ()) for k in ("defects", "classes", "only")],
-        "reason": clean(claim.get("reason") or "", _TEXT),
+        "id": claim["claim"],
+        "title": claim["title"],
+        "notebook": claim["notebook"],
+        "row": claim["verdict"],
+        "kind": kinds.get(claim["verdict"], "inconclusive"),
+        "counts": [len(claim[k]) for k in ("defects", "classes", "only")],
+        "reason": clean(claim["reason"], _TEXT),
     }
 
 
 def _part(matrix: Mapping[str, Any], key: str, title: str, note: str) -> dict[str, Any]:
     """A list of the JSON as a table with whatever columns its records have."""
-    rows = _list(matrix, key)
+    rows = matrix[key]
     heads = columns(rows)
     return {
         "key": key,
@@ -309,18 +280,12 @@ def _power(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _made(matrix: Mapping[str, Any]) -> dict[str, str]:
     """Which model, which code, which machine, how long."""
-    p = _map(matrix.get("provenance"))
     took = matrix.get("seconds")
     facts = {
-        "Model": _model(matrix),
-        "Model sha256": _map(matrix.get("model")).get("sha256"),
+        "Model": matrix["model"]["name"],
+        "Model sha256": matrix["model"]["sha256"],
         "Code digest": matrix.get("code_digest"),
-        "Commit": f"{p['commit']}{' (edited since)' if p.get('dirty') else ''}" if p.get("commit") else "",
-        "Machine": ", ".join(str(p[k]) for k in ("platform", "cpu") if p.get(k)),
-        "Cores": p.get("cores"),
-        "Python": p.get("python"),
-        "Packages": ", ".join(f"{k} {v}" for k, v in _map(p.get("packages")).items()),
-        "Command": p.get("command"),
-        "Took": seconds(took) if isinstance(took, int | float) else "",
+        **machine_facts(matrix.get("provenance", {})),
+        "Took": seconds(took) if took is not None else "",
     }
     return {k: clean(v, _TEXT) for k, v in facts.items() if v}
