@@ -241,7 +241,7 @@ def examine_all(subject: Subject, source: Subject | None, device: str) -> dict[s
 
     keys = [key for key in ENGINES if key != ("reference", "cpu") and (key[1] == "cpu" or device != "cpu")]
     ids = _ids(subject, "", POSITIONS)
-    bench = prepare(subject.admission.require(), subject.model, ids, [key[0] for key in keys])
+    bench = prepare(subject.admission.require(), subject.model, ids)
     reports = [(examine(bench, subject.plain), "reference")]
     missing, asked = [], []
     for precision, where in keys:
@@ -256,7 +256,7 @@ def examine_all(subject: Subject, source: Subject | None, device: str) -> dict[s
         "model": str(subject.path),
         "reference": {"backend": bench.reference.backend, "device": bench.reference.device},
         "positions": int(ids.size),
-        "noise_floor": bench.floors["exact"]["near"].rows(),
+        "noise_floor": bench.floor().rows(),
         "candidates": [_candidate(report, precision, bench) for report, precision in reports],
         "not_available": missing,
         "against_reference": pair_body(hold(source, subject, ids, PREFILL)) if source else None,
@@ -326,7 +326,7 @@ def _candidate(report: SuiteReport, precision: str, bench: Bench) -> dict[str, A
     parts = []
     for part in report.parts:
         far = part.name if part.name.startswith("far") else "near"
-        limits = bench.limits(far, precision)
+        limits = bench.limits(far, rounding=report.rounding)
         names = part.report.names.values() if part.report else ()
         parts.append(
             {

@@ -21,7 +21,7 @@ from apr_core.model.trace import Trace, TracedForward, mandatory_names
 from apr_core.parity import explain
 from apr_core.parity.compare import LOGITS, ParityReport, compare
 from apr_core.parity.distribution import DistributionParity, top_margin
-from apr_core.parity.floor import FACTOR, Floor, honest_floor, noise_floor, path
+from apr_core.parity.floor import FACTOR, Floor, honest_floor, noise_floor, path, rounds
 from apr_core.parity.pair import Yardstick, incomparable, yardstick
 from apr_core.parity.tolerances import CONTRACT, QUANTISED_TAU, allowed, decisive_margin, flip_budget
 
@@ -289,9 +289,8 @@ def backend_rows(subject: Subject) -> list[dict[str, object]]:
     run, names = path(ids, ids.size), mandatory_names(subject.model.config.num_hidden_layers)
     truth = run(subject.model)
     for precision in sorted(p for p, device in ENGINES if device == "cpu" and p != "reference"):
-        # float weights meet float32 activations in both: 8-bit limits would excuse anything there
-        rounds = precision == "speed" and any(t.dtype.block_elements > 1 for t in subject.checkpoint.tensors.values())
-        limits = (noise_floor(validated, run, "speed") if rounds else floor(subject)).limits
+        rounding = rounds(validated, precision, "cpu")
+        limits = (noise_floor(validated, run, "speed") if rounding else floor(subject)).limits
         try:
             found = run(build(subject.admission, precision=precision))
         except (Unavailable, LoadError) as error:

@@ -104,6 +104,17 @@ def variants(validated: ValidatedModel, precision: str = "exact") -> dict[str, C
     return found | ({"activations of 8 bits": at(EightBit())} if precision == "speed" else {})
 
 
+def rounds(validated: ValidatedModel, precision: str, device: str) -> bool:
+    """
+    Say whether an engine of this precision rounds on purpose, and owes what that costs the reference.
+
+    On the CPU `speed` rounds activations to 8 bits against weights in blocks alone: float weights meet float32, where
+    8-bit limits would excuse anything. On a device it keeps keys and values in float16 whatever the weights are.
+    """
+    blocks = any(tensor.raw.info.dtype.block_elements > 1 for tensor in validated.tensors.values())
+    return precision == "speed" and (blocks or device != "cpu")
+
+
 def noise_floor(validated: ValidatedModel, run: Run, precision: str = "exact") -> Floor:
     """
     Measure how far the reference is from itself.

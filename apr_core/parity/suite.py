@@ -25,7 +25,7 @@ from apr_core.falsify.verdict import Verdict
 from apr_core.model.generate import follow
 from apr_core.model.trace import Fingerprints, Trace, TracedForward, mandatory_names
 from apr_core.parity.compare import LOGITS, Divergence, ParityReport, compare
-from apr_core.parity.floor import Floor, noise_floor, path
+from apr_core.parity.floor import Floor, Run, noise_floor, path, rounds
 from apr_core.parity.tolerances import decisive_margin
 
 PREFILL = 64
@@ -61,13 +61,14 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class SuiteReport:
-    """Everything that the suite found about one candidate."""
+    """Everything that the suite found about one candidate; ``rounding``: it was held to what 8-bit activations cost."""
 
     backend: str
     device: str
     reference: str
     parts: Sequence[Part]
     floor: Floor
+    rounding: bool = False
     control: bool = False
     notes: Sequence[str] = field(default=())
 
@@ -97,45 +98,47 @@ class SuiteReport:
 @dataclass(frozen=True, eq=False)
 class Bench:
     """
-    What every candidate of one model is held against: the reference's traces and its noise floor, measured once.
+    What every candidate of one model is held against: the reference's traces, and its noise floor once it is asked for.
 
     Attributes:
+        validated: The model.
         reference: The float32 torch forward.
         ids: The stimulus.
+        runs: Part -> how it is fed.
         traces: Part -> the reference's trace.
-        floors: Precision -> part -> floor; empty where a contract decides.
         contract: One limit on rel_l2 for every name, in place of the floors.
     """
 
+    validated: ValidatedModel
     reference: TracedForward
     ids: Ids
+    runs: Mapping[str, Run]
     traces: Mapping[str, Trace]
-    floors: Mapping[str, Mapping[str, Floor]]
     contract: float | None = None
+    _floors: dict[tuple[str, bool], Floor] = field(default_factory=dict)
 
-    def limits(self, part: str, precision: str) -> dict[str, float]:
+    def floor(self, part: str = "near", *, rounding: bool = False) -> Floor:
+        """Measure how far the reference is from itself, with activations of 8 bits too where ``rounding``; once."""
+        key = part, rounding
+        if key not in self._floors:
+            self._floors[key] = noise_floor(self.validated, self.runs[part], "speed" if rounding else "exact")
+        return self._floors[key]
+
+    def limits(self, part: str, *, rounding: bool = False) -> dict[str, float]:
         """Limits on rel_l2 per name."""
         if self.contract is not None:
             return dict.fromkeys(self.traces[part], self.contract)
-        return self.floors["speed" if precision == "speed" else "exact"][part].limits
+        return self.floor(part, rounding=rounding).limits
 
 
-def prepare(
-    validated: ValidatedModel,
-    reference: TracedForward,
-    ids: Ids,
-    precisions: Sequence[str] = (),
-    *,
-    contract: float | None = None,
-) -> Bench:
+def prepare(validated: ValidatedModel, reference: TracedForward, ids: Ids, *, contract: float | None = None) -> Bench:
     """
-    Trace the reference and measure its noise floor.
+    Trace the reference.
 
     Args:
         validated: The model.
         reference: The float32 torch forward of it.
         ids: At least ``POSITIONS`` ids where the context allows.
-        precisions: Of the candidates; ``speed`` needs the floor of rounded activations too.
         contract: A limit that was agreed for all names; no floor is measured then, which saves five forwards.
     """
     room = reference.config.max_position_embeddings
@@ -143,9 +146,7 @@ def prepare(
     runs = {"near": path(ids, PREFILL)}
     length = min(ids.size, FAR_PREFILL + FAR_STEPS)
     runs |= {f"far {at}": path(ids[:length], FAR_PREFILL, at) for at in FAR if at + length <= room}
-    kinds = {"exact"} | ({"speed"} & set(precisions)) if contract is None else set[str]()
-    floors = {kind: {name: noise_floor(validated, run, kind) for name, run in runs.items()} for kind in kinds}
-    return Bench(reference, ids, {name: run(reference) for name, run in runs.items()}, floors, contract)
+    return Bench(validated, reference, ids, runs, {name: run(reference) for name, run in runs.items()}, contract)
 
 
 def examine(bench: Bench, candidate: TracedForward, precision: str = "exact") -> SuiteReport:
@@ -155,27 +156,27 @@ def examine(bench: Bench, candidate: TracedForward, precision: str = "exact") ->
     Args:
         bench: The reference's side.
         candidate: Any backend of the same model.
-        precision: ``speed`` for one that rounds its activations to 8 bits and is held to what that costs the reference.
+        precision: ``speed`` for one that may round on purpose (`floor.rounds` says when) and owes what that costs.
     """
-    parts = list(examinations(bench, candidate, precision))
+    rounding = rounds(bench.validated, precision, candidate.device)
+    parts = list(examinations(bench, candidate, rounding=rounding))
     control = type(candidate) is type(bench.reference) and candidate.device == bench.reference.device
-    floor = Floor({})
-    if bench.contract is None:
-        floor = bench.floors["speed" if precision == "speed" else "exact"]["near"]
+    floor = Floor({}) if bench.contract is not None else bench.floor(rounding=rounding)
     notes = [f"far {at}: beyond the context of this model" for at in FAR if f"far {at}" not in bench.traces]
-    return SuiteReport(candidate.backend, candidate.device, bench.reference.backend, parts, floor, control, notes)
+    backend, device = candidate.backend, candidate.device
+    return SuiteReport(backend, device, bench.reference.backend, parts, floor, rounding, control, notes)
 
 
-def examinations(bench: Bench, candidate: TracedForward, precision: str = "exact") -> Iterator[Part]:
+def examinations(bench: Bench, candidate: TracedForward, *, rounding: bool = False) -> Iterator[Part]:
     """Yield the parts of `examine` one by one, in the order of the module's list."""
     near, mine = bench.traces["near"], follow(candidate, bench.ids, PREFILL, full=True)
-    limits = bench.limits("near", precision)
+    limits = bench.limits("near", rounding=rounding)
     yield against("prefill", rows(near, 0, PREFILL), rows(mine, 0, PREFILL), limits)
     yield against("decode", rows(near, PREFILL, None), rows(mine, PREFILL, None), limits)
     for name in (name for name in bench.traces if name != "near"):
         few, start = bench.ids[: FAR_PREFILL + FAR_STEPS], int(name.split()[1])
         far = follow(candidate, few, FAR_PREFILL, start=start, full=True)
-        yield against(name, bench.traces[name], far, bench.limits(name, precision), fewest=1)
+        yield against(name, bench.traces[name], far, bench.limits(name, rounding=rounding), fewest=1)
     full = follow(candidate, bench.ids, bench.ids.size, full=True)
     yield against("cached against full", rows(full, PREFILL, None), rows(mine, PREFILL, None), limits)
     single = follow(candidate, bench.ids[:PREFILL], 1, full=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from apr_core.cli import parity
 from apr_core.cli.app import main
 from apr_core.engines import load
 from apr_core.errors import LoadError
@@ -24,7 +25,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, di
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_parity_of_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_parity_of_the_bundled_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every backend that runs here, at least the independent one, with its floor, coverage and what is missing."""
     code, body = run(capsys, "parity", "pygmy")
     assert (code, body["verdict"], body["reason"]) == (0, "CORROBORATED", "")
@@ -34,9 +35,12 @@ def test_parity_of_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None
     assert body["positions"] == 128
     assert len(body["noise_floor"]) == len(body["candidates"][0]["names"]) == 14
     assert {m["backend"] for m in body["not_available"]} >= {"reference on cuda"}
-    assert main(["parity", "pygmy", "--device", "cpu"]) == 0
+    assert not any("activations of 8 bits" in c["limits"] for c in body["candidates"])  # its weights are floats
+    # what is printed is a function of what was measured: no second run of the suite for it
+    monkeypatch.setattr(parity, "examine_all", lambda *_: body)
+    assert main(["parity", "pygmy"]) == 0
     out = capsys.readouterr().out
-    assert "not available" not in out
+    assert "not available: reference on cuda" in out
     assert "no backend was refuted" in out
 
 
@@ -53,6 +57,7 @@ def test_a_backend_that_is_wrong_is_exit_5(capsys: pytest.CaptureFixture[str], m
     code, body = run(capsys, "parity", "pygmy", "--device", "cpu")
     assert (code, body["verdict"]) == (5, "FALSIFIED")
     assert "torch with a hook on cpu: prefill: first divergence: layers.1.v at position 0" in body["reason"]
+    monkeypatch.setattr(parity, "examine_all", lambda *_: body)
     assert main(["parity", "pygmy", "--device", "cpu"]) == 5
 
 

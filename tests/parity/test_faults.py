@@ -227,7 +227,7 @@ def test_the_healthy_forward_is_corroborated(bench: tuple[Any, Bench]) -> None:
     assert (report.verdict, report.reason, report.first, report.control) == (Verdict.CORROBORATED, "", None, False)
     for part in report.parts[:2]:
         assert part.report is not None
-        limits = held.limits("near", "exact")
+        limits = held.limits("near")
         assert max(n.required_tolerance / limits[n.name] for n in part.report.names.values()) < 0.75
 
 

@@ -23,7 +23,7 @@ def bench(pygmy: Path) -> tuple[Any, Bench]:
     """The bundled model: real biases, grouped heads, head_dim 64."""
     admission = admit(pygmy)
     ids = np.random.default_rng(11).integers(0, 1000, POSITIONS)
-    return admission, prepare(admission.require(), build(admission), ids, [key[0] for key in HERE])
+    return admission, prepare(admission.require(), build(admission), ids)
 
 
 def test_the_registry_is_not_empty() -> None:
@@ -59,20 +59,26 @@ def test_the_independent_forward_matches_too(bench: tuple[Any, Bench]) -> None:
     assert (report.verdict, report.reason, report.control) == (Verdict.CORROBORATED, "", False)
 
 
-def test_eight_bit_activations_are_seen_and_priced(bench: tuple[Any, Bench]) -> None:
-    """An engine that rounds activations fails the float32 limits, and keeps those of its own precision."""
+@pytest.mark.parametrize("quantize", [None, "Q8_0"])
+def test_eight_bit_activations_are_priced_against_blocks_alone(
+    quantize: str | None, pygmy: Path, tmp_path: Path
+) -> None:
+    """An engine that rounds activations keeps the limits of `speed` where weights lie in blocks, and no others."""
     from apr_core.model.linear import Weights
     from apr_core.model.qwen2 import Qwen2
     from apr_core.parity.floor import EightBit
+    from apr_core.rosetta.convert import convert
 
     class Rounding(Qwen2):
         pass
 
-    validated = bench[0].require()
+    admission = admit(convert(pygmy, tmp_path / "copy.gguf", quantize=quantize))
+    validated = admission.require()
     rounding = Rounding(validated, weights=Weights(validated, EightBit()))
-    held = prepare(validated, bench[1].reference, bench[1].ids, ["exact", "speed"])
-    exact = examine(held, rounding)
-    assert exact.verdict is Verdict.FALSIFIED
-    assert exact.first is not None
-    assert exact.first.name == "layers.0.q"
-    assert examine(held, rounding, "speed").part("decode").verdict is Verdict.CORROBORATED
+    held = prepare(validated, build(admission), np.random.default_rng(11).integers(0, 1000, POSITIONS))
+    for precision in ("exact", "speed"):
+        report = examine(held, rounding, precision)
+        priced = report.rounding
+        assert priced is (precision == "speed" and quantize == "Q8_0")
+        assert report.part("decode").verdict is (Verdict.CORROBORATED if priced else Verdict.FALSIFIED)
+        assert (str(report.first) if report.first else "").startswith("" if priced else "layers.0.q")
