@@ -57,6 +57,7 @@ class CpuCache:
     Attributes:
         start: Position of the first token that it holds.
         length: Positions counted, ``start`` included; the next token gets this one.
+        addresses: Of keys and values.
     """
 
     def __init__(self, config: Qwen2Config, start: int = 0) -> None:
@@ -64,6 +65,7 @@ class CpuCache:
         self._shape = (config.num_hidden_layers, config.num_key_value_heads)
         self._head_dim, self._row = config.head_dim, padded(config.head_dim, 16)
         self.capacity = 0
+        self.addresses = (0, 0)
         self.keys = np.empty((*self._shape, 0, self._head_dim, 16), np.float32)
         self.values = np.empty((*self._shape, 0, self._row), np.float32)
         self._reserve(_FIRST_CAPACITY)
@@ -86,6 +88,7 @@ class CpuCache:
         # the lanes behind head_dim are multiplied and thrown away: they must not be slow (subnormal) or alarming
         values[..., self._head_dim :] = 0
         self.keys, self.values, self.capacity = keys, values, capacity
+        self.addresses = (keys.ctypes.data, values.ctypes.data)
 
 
 class CpuQwen2:
@@ -129,10 +132,15 @@ class CpuQwen2:
         self._rows = 0
         self._widths = self._measure()
         self._sizes = self._size_table()
+        self._vocabulary = 16 * int(self.weights.head[step.PANELS])
         self._barrier = np.zeros(step.BARRIER_WORDS, np.int64)
+        self._words = self._barrier.ctypes.data
         self.spins = step.SPINS
+        self._rope = _rotation(self.config, _FIRST_CAPACITY)
+        self._rope_at = self._rope.ctypes.data
         self._make_room(1)
-        self._compile()
+        link(self._mode)
+        self._entry = step.compiled(self._mode)
 
     @property
     def backend(self) -> str:
@@ -202,74 +210,59 @@ class CpuQwen2:
             logits: list[Floats] = []
             for first in range(0, ids.size, chunk):
                 part = ids[first : first + chunk]
-                self._layers(part, cache, cache.held + first, single, trace)
                 last = first + part.size == ids.size
-                if wanted is None:
-                    logits.append(self._logits(0, part.size, single, trace))
-                elif last:
-                    logits.append(self._logits(part.size - wanted, wanted, wanted == 1, None))
+                rows = part.size if wanted is None else wanted if last else 0
+                found = self._chunk(part, cache, cache.held + first, single, rows, single or wanted == 1, trace)
+                if rows:
+                    logits.append(found)
             cache.length += ids.size
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
-    def _layers(self, ids: Ints, cache: CpuCache, held: int, single: bool, trace: Trace | None) -> None:
-        """Embed these tokens and run all layers on them; with a trace layer by layer, by the same call."""
-        x = self._buffers[step.RESIDUAL]
-        x[: ids.size, : self.config.hidden_size] = self.weights.embed(ids)
-        rope = _rotation(self.config, cache.start + held, ids.size)
-        shared = self._shared
-        shared[step.ROPE], shared[step.KEYS], shared[step.VALUES] = (
-            array.ctypes.data for array in (rope, cache.keys, cache.values)
-        )
+    def _chunk(
+        self, ids: Ints, cache: CpuCache, held: int, single: bool, wanted: int, alone: bool, trace: Trace | None
+    ) -> Floats:
+        """Embed these tokens, run all layers on them and the head on the last ``wanted``, and return their logits."""
+        tokens, count, shared = ids.size, self.config.num_hidden_layers, self._shared
+        self._buffers[step.RESIDUAL][:tokens, : self.config.hidden_size] = self.weights.embed(ids)
+        shared[step.ROPE] = self._rotation_at(cache.start + held, tokens)
+        shared[step.KEYS], shared[step.VALUES] = cache.addresses
         self._sizes[step.CAPACITY] = cache.capacity
-        count = self.config.num_hidden_layers
-        edges = [(0, count)] if trace is None else [(layer, layer + 1) for layer in range(count)]
-        for first, stop in edges:
-            self._run_layers(first, stop, ids.size, single, held)
-            if trace is not None:
-                for name, buffer, width in _RECORDED:
-                    values = self._buffers[buffer][: ids.size, : self._widths[width]]
-                    trace.record(f"layers.{first}.{name}", values)
+        out = np.empty((wanted if alone else padded(wanted, TILE), self._vocabulary), np.float32)
+        rest = (tokens, single, held, wanted, alone)
+        if trace is None:
+            self._run_layers(0, count, out, *rest)
+            return np.ascontiguousarray(out[:wanted, : self.config.vocab_size])
+        for layer in range(count):
+            self._run_layers(layer, layer + 1, out, tokens, single, held, 0, alone)
+            for name, buffer, width in _RECORDED:
+                trace.record(f"layers.{layer}.{name}", self._buffers[buffer][:tokens, : self._widths[width]])
+        self._run_layers(count, count, out, *rest)
+        logits = np.ascontiguousarray(out[:wanted, : self.config.vocab_size])
+        trace.record("final_hidden", self._buffers[step.NORMED][:tokens, : self.config.hidden_size])
+        trace.record("logits", logits)
+        return logits
 
-    def _run_layers(self, first: int, stop: int, tokens: int, single: bool, held: int) -> None:
-        weights, words = self.weights, self._barrier.ctypes.data
+    def _run_layers(
+        self, first: int, stop: int, out: Floats, tokens: int, single: bool, held: int, wanted: int, alone: bool
+    ) -> None:
+        """Run `step.run` in every thread: these layers, and the head unless ``wanted`` is 0."""
+        entry, mode, sizes, shared, own = self._entry, self._mode, self._sizes, self._shared, self._own
+        weights, eps, threads = self.weights, self.config.rms_norm_eps, self._team.size
 
         def work(thread: int) -> None:
-            step.run_layers(
-                self._mode, weights.matrices, weights.vectors, self._sizes, self._shared, self._own[thread],
-                self.config.rms_norm_eps, first, stop, tokens, single, held,
-                words, self.spins, thread, self._team.size,
+            entry(
+                mode, weights.matrices, weights.vectors, weights.head, sizes, shared, own[thread], out, eps,
+                first, stop, tokens, single, held, wanted, alone, self._words, self.spins, thread, threads,
             )  # fmt: skip
 
         self._team.run(work)
 
-    def _logits(self, skip: int, tokens: int, single: bool, trace: Trace | None) -> Floats:
-        head = self.weights.head
-        out = np.empty((1 if single else padded(tokens, TILE), 16 * int(head[step.PANELS])), np.float32)
-        self._run_head(head, skip, tokens, single, out)
-        logits = out[:tokens, : self.config.vocab_size]
-        if trace is not None:
-            trace.record("final_hidden", self._buffers[step.NORMED][:tokens, : self.config.hidden_size])
-            trace.record("logits", logits)
-        return np.ascontiguousarray(logits)
-
-    def _run_head(self, head: Ints, skip: int, tokens: int, single: bool, out: Floats) -> None:
-        words = self._barrier.ctypes.data
-
-        def work(thread: int) -> None:
-            step.run_head(
-                self._mode, head, self.weights.gain, self._sizes, self._shared, self._own[thread],
-                self.config.rms_norm_eps, skip, tokens, single, out.ctypes.data,
-                words, self.spins, thread, self._team.size,
-            )  # fmt: skip
-
-        self._team.run(work)
-
-    def _compile(self) -> None:
-        """Compile, or load from the disk, by calls that have nothing to do."""
-        link(self._mode)
-        nothing = np.zeros(4, np.int64)
-        self._run_layers(0, 0, 0, False, 0)
-        self._run_head(nothing, 0, 0, False, np.empty((0, 0), np.float32))
+    def _rotation_at(self, position: int, tokens: int) -> int:
+        """Return the address of the rotations from a position on; they are kept, and grow by doubling."""
+        if position + tokens > len(self._rope):
+            self._rope = _rotation(self.config, max(2 * len(self._rope), position + tokens))
+            self._rope_at = self._rope.ctypes.data
+        return self._rope_at + 4 * self.config.head_dim * position
 
     def _measure(self) -> dict[str, int]:
         config = self.config
@@ -323,12 +316,12 @@ class CpuQwen2:
             ]
             for thread, clock in enumerate(self._clocks)
         ]
-        self._own = np.array([[array.ctypes.data for array in row] for row in own], np.int64)
+        self._own = [np.array([array.ctypes.data for array in row], np.int64) for row in own]
         self._alive: Sequence[object] = (tiles, own)
 
 
-def _rotation(config: Qwen2Config, start: int, tokens: int) -> Floats:
-    """Cosines and sines of positions ``start`` on, float32 [tokens, 2, head_dim / 2], from float64 angles."""
+def _rotation(config: Qwen2Config, positions: int) -> Floats:
+    """Cosines and sines of the first positions, float32 [positions, 2, head_dim / 2], from float64 angles."""
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    angles = np.arange(start, start + tokens)[:, None] * config.rope_theta**-exponents
+    angles = np.arange(positions)[:, None] * config.rope_theta**-exponents
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -59,8 +59,7 @@ class CpuWeights:
     Attributes:
         matrices: int64 [layers, 7, 4]: code, address, blocks of 32 columns, panels.
         vectors: int64 [layers, 5]: addresses of the gains and biases.
-        head: int64 [4], as a row of ``matrices``.
-        gain: Address of the last norm's gain.
+        head: int64 [5], as a row of ``matrices``, and the address of the last norm's gain.
         types: Type that each matrix is computed in, by tensor name.
         fallbacks: Matrices whose stored type has no kernel and that were widened to F32, by tensor name.
         nbytes: Bytes of all panels.
@@ -98,11 +97,11 @@ class CpuWeights:
             self._row(self.types[name], array, stored[name].shape) for name, array in zip(names, packed, strict=True)
         ]
         self.matrices = np.array(rows, np.int64).reshape(len(layers), len(MATRICES), 4)
-        self.head = self._row(self.types[head_name], self._head.data, stored[head_name].shape)
+        head_row = self._row(self.types[head_name], self._head.data, stored[head_name].shape)
+        self.head = np.append(head_row, self._vector(tensors, "model.norm.weight"))
         self.vectors = np.array(
             [[self._vector(tensors, f"model.layers.{n}.{name}") for name, _ in _VECTORS] for n in layers], np.int64
         ).reshape(len(layers), len(_VECTORS))
-        self.gain = self._vector(tensors, "model.norm.weight")
         self._table = tensors[EMBEDDING].raw
 
     def embed(self, ids: NDArray[np.int64]) -> Floats:

@@ -1,9 +1,10 @@
 """
 A whole forward in one compiled call per thread: no trip through Python between two operations.
 
-Every thread runs `run_layers` with its own number; they share the buffers, split rows, heads and panels among
-themselves, and meet at barriers. A barrier spins for a bounded number of polls and then gives its core away at each
-poll: with a pure spin, decoding collapses as soon as another process takes one of the cores.
+Every thread runs `run` with its own number; they share the buffers, split rows and heads among themselves, claim
+panels from a common counter (a thread that was held up takes fewer), and meet at barriers. A barrier spins for a
+bounded number of polls and then gives its core away at each poll: with a pure spin, decoding collapses as soon as
+another process takes one of the cores.
 
 With one token (a decode step) each thread prepares its own copy of the small inputs, which is cheaper than a barrier.
 With several (a prefill) tokens are prepared by all threads together and multiplied in tiles of eight.
@@ -13,8 +14,10 @@ Addresses and sizes come in int64 tables, laid out by the names below.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from apr_core.kernels.cpu import vec
 from apr_core.kernels.cpu.activations import TILE, block_bytes, quantise_token
@@ -22,8 +25,8 @@ from apr_core.kernels.cpu.elementwise import add_rows, attend, cache_position, r
 from apr_core.kernels.cpu.jit import INLINE, JIT
 from apr_core.kernels.cpu.linkage import call_matmul, call_matvec
 
-# Columns of the table of matrices, one row each.
-CODE, ADDRESS, BLOCKS, PANELS = range(4)
+# Columns of the table of matrices, one row each; the head's row also has the address of the last norm's gain.
+CODE, ADDRESS, BLOCKS, PANELS, GAIN = range(5)
 # Rows of that table within a layer.
 Q, K, V, OUTPUT, GATE, UP, DOWN = range(7)
 # Columns of the table of vectors, one row per layer: addresses of gains and biases.
@@ -50,9 +53,9 @@ PHASES = (
 )
 """What a thread's time is split into; OWN_CLOCK is int64: the last reading, then nanoseconds by phase."""
 _PREPARE, _INPUTS, _ROPE, _ATTEND, _OUTPUT, _GATES, _DOWN, _HEAD, _WAIT = range(9)
-# Words of the barrier, on different cache lines.
-BARRIER_WORDS = 32
-_GENERATION = 8 * 16
+# Words of the barrier, on different cache lines: threads that are here, how often all were, and what is claimed.
+BARRIER_WORDS = 48
+_GENERATION, _CLAIMED = 8 * 16, 8 * 32
 
 SPINS = 4096
 """Polls of a barrier before it gives its core away: some tens of microseconds."""
@@ -61,12 +64,18 @@ _FLOATS = 6  # codes from here on are float types
 
 @njit(**JIT)
 def barrier(words: int, threads: int, spins: int) -> None:
-    """Wait until every thread is here; ``words`` is the address of `BARRIER_WORDS` int64, zero at first."""
+    """
+    Wait until every thread is here, and let the next claims begin at 0.
+
+    ``words`` is the address of `BARRIER_WORDS` int64, zero at first.
+    """
     if threads == 1:
+        vec.atomic_store(words + _CLAIMED, 0)
         return
     generation = vec.atomic_load(words + _GENERATION)
     if vec.atomic_add(words, 1) == threads - 1:
         vec.atomic_store(words, 0)
+        vec.atomic_store(words + _CLAIMED, 0)
         vec.atomic_store(words + _GENERATION, generation + 1)
         return
     polls = 0
@@ -91,6 +100,20 @@ def _meet(clock: int, phase: int, words: int, threads: int, spins: int) -> None:
     _lap(clock, phase)
     barrier(words, threads, spins)
     _lap(clock, _WAIT)
+
+
+@njit(**INLINE)
+def _claim(words: int, count: int, threads: int) -> tuple[int, int]:
+    """
+    Claim the next of ``count`` panels, the same count for all claims between two barriers; none when first >= stop.
+
+    Large pieces first, then smaller ones. The size comes from a reading that may be old by now: pieces differ then, and
+    still each panel is claimed once.
+    """
+    left = count - vec.atomic_load(words + _CLAIMED)
+    size = count if threads == 1 else max(1, left // (2 * threads))
+    first = vec.atomic_add(words + _CLAIMED, size)
+    return first, min(first + size, count)
 
 
 @njit(**INLINE)
@@ -148,18 +171,27 @@ def _attention_inputs(
     single: bool,
     tiles: int,
     normed: int,
-    thread: int,
+    words: int,
     threads: int,
 ) -> None:
-    """Queries, keys and values of this thread's panels, with their biases."""
-    for m in range(3):
-        out = shared[QUERY + m]
-        width = sizes[QUERY_WIDTH] if m == 0 else sizes[KEY_WIDTH]
-        first, stop = _share(matrices[Q + m, PANELS], thread, threads)
-        _multiply(mode, matrices[Q + m], first, stop, tokens, single, tiles, normed, own[OWN_SCRATCH], out, width)
-        for t in range(tokens):
-            row = out + 4 * width * t
-            add_rows(row, vectors[Q_BIAS + m], row, first, stop)
+    """Queries, keys and values with their biases; their panels are claimed as if they were one matrix."""
+    count = matrices[Q, PANELS] + matrices[K, PANELS] + matrices[V, PANELS]
+    while True:
+        first, stop = _claim(words, count, threads)
+        if first >= stop:
+            break
+        for m in range(3):
+            panels = matrices[Q + m, PANELS]
+            low, high = max(first, 0), min(stop, panels)
+            first, stop = first - panels, stop - panels
+            if low >= high:
+                continue
+            out = shared[QUERY + m]
+            width = sizes[QUERY_WIDTH] if m == 0 else sizes[KEY_WIDTH]
+            _multiply(mode, matrices[Q + m], low, high, tokens, single, tiles, normed, own[OWN_SCRATCH], out, width)
+            for t in range(tokens):
+                row = out + 4 * width * t
+                add_rows(row, vectors[Q_BIAS + m], row, low, high)
 
 
 @njit(**JIT)
@@ -240,16 +272,46 @@ def _add_product(
     product: int,
     x: int,
     out: int,
-    thread: int,
+    words: int,
     threads: int,
 ) -> None:
-    """``out = x + product`` for this thread's panels of the hidden size."""
+    """``out = x + product`` of the hidden size, panels as they are claimed."""
     width = sizes[HIDDEN_WIDTH]
-    first, stop = _share(matrix[PANELS], thread, threads)
-    _multiply(mode, matrix, first, stop, tokens, single, tiles, values, scratch, product, width)
-    for t in range(tokens):
-        at = 4 * width * t
-        add_rows(x + at, product + at, out + at, first, stop)
+    while True:
+        first, stop = _claim(words, matrix[PANELS], threads)
+        if first >= stop:
+            break
+        _multiply(mode, matrix, first, stop, tokens, single, tiles, values, scratch, product, width)
+        for t in range(tokens):
+            at = 4 * width * t
+            add_rows(x + at, product + at, out + at, first, stop)
+
+
+@njit(**JIT)
+def _gated(
+    mode: vec.Mode,
+    matrices: np.ndarray,
+    sizes: np.ndarray,
+    shared: np.ndarray,
+    tokens: int,
+    single: bool,
+    tiles: int,
+    normed: int,
+    scratch: int,
+    words: int,
+    threads: int,
+) -> None:
+    """Gate, up and SwiGLU, panels as they are claimed."""
+    width = sizes[INNER_WIDTH]
+    while True:
+        first, stop = _claim(words, matrices[GATE, PANELS], threads)
+        if first >= stop:
+            break
+        _multiply(mode, matrices[GATE], first, stop, tokens, single, tiles, normed, scratch, shared[GATED], width)
+        _multiply(mode, matrices[UP], first, stop, tokens, single, tiles, normed, scratch, shared[UPPER], width)
+        for t in range(tokens):
+            at = 4 * width * t
+            swiglu(shared[GATED] + at, shared[UPPER] + at, shared[INNER] + at, first, stop)
 
 
 @njit(**JIT)
@@ -282,7 +344,7 @@ def _layer(
         _quantise(mode, normed, matrices[Q, BLOCKS], tokens, single, tiles, thread, threads)
         if not single:
             _meet(clock, _PREPARE, words, threads, spins)
-    _attention_inputs(mode, matrices, vectors, sizes, shared, own, tokens, single, tiles, normed, thread, threads)
+    _attention_inputs(mode, matrices, vectors, sizes, shared, own, tokens, single, tiles, normed, words, threads)
     _meet(clock, _INPUTS, words, threads, spins)
     _rotate_and_cache(sizes, shared, layer, tokens, start, thread, threads)
     _meet(clock, _ROPE, words, threads, spins)
@@ -297,7 +359,7 @@ def _layer(
     _lap(clock, _PREPARE)
     _add_product(
         mode, matrices[OUTPUT], sizes, tokens, single, tiles, mixed, scratch,
-        shared[ATTENTION], shared[RESIDUAL], shared[MIDDLE], thread, threads,
+        shared[ATTENTION], shared[RESIDUAL], shared[MIDDLE], words, threads,
     )  # fmt: skip
     _meet(clock, _OUTPUT, words, threads, spins)
 
@@ -309,13 +371,7 @@ def _layer(
         if not single:
             _meet(clock, _PREPARE, words, threads, spins)
     _lap(clock, _PREPARE)
-    width = sizes[INNER_WIDTH]
-    first, stop = _share(matrices[GATE, PANELS], thread, threads)
-    _multiply(mode, matrices[GATE], first, stop, tokens, single, tiles, normed, scratch, shared[GATED], width)
-    _multiply(mode, matrices[UP], first, stop, tokens, single, tiles, normed, scratch, shared[UPPER], width)
-    for t in range(tokens):
-        at = 4 * width * t
-        swiglu(shared[GATED] + at, shared[UPPER] + at, shared[INNER] + at, first, stop)
+    _gated(mode, matrices, sizes, shared, tokens, single, tiles, normed, scratch, words, threads)
     _meet(clock, _GATES, words, threads, spins)
 
     inner = shared[INNER]
@@ -326,67 +382,15 @@ def _layer(
     _lap(clock, _PREPARE)
     _add_product(
         mode, matrices[DOWN], sizes, tokens, single, tiles, inner, scratch,
-        shared[SHRUNK], shared[MIDDLE], shared[RESIDUAL], thread, threads,
+        shared[SHRUNK], shared[MIDDLE], shared[RESIDUAL], words, threads,
     )  # fmt: skip
     _meet(clock, _DOWN, words, threads, spins)
 
 
 @njit(**JIT)
-def run_layers(
-    mode: vec.Mode,
-    matrices: np.ndarray,
-    vectors: np.ndarray,
-    sizes: np.ndarray,
-    shared: np.ndarray,
-    own: np.ndarray,
-    eps: float,
-    first: int,
-    stop: int,
-    tokens: int,
-    single: bool,
-    start: int,
-    words: int,
-    spins: int,
-    thread: int,
-    threads: int,
-) -> None:
-    """
-    Run layers ``first`` to ``stop`` on the rows of the buffer RESIDUAL, which then holds their result.
-
-    Every thread calls it with the same arguments but for ``own`` and ``thread``.
-
-    Args:
-        mode: Path and digits.
-        matrices: int64 [layers, 7, 4].
-        vectors: int64 [layers, 5].
-        sizes: int64 [10].
-        shared: int64 [16].
-        own: int64 [4], this thread's.
-        eps: Of the norms.
-        first: First layer.
-        stop: Layer behind the last.
-        tokens: Rows.
-        single: One token by matrix-vector products; else tiles, whatever the number of tokens, so that a token's bits
-            do not depend on how a prompt is cut.
-        start: Positions that the cache holds; the buffer ROPE begins with the rotation of the first token.
-        words: Address of the barrier.
-        spins: Polls before a barrier gives its core away.
-        thread: Which thread this is.
-        threads: How many there are.
-    """
-    vec.atomic_store(own[OWN_CLOCK], vec.now_ns())
-    for layer in range(first, stop):
-        _layer(
-            mode, matrices[layer], vectors[layer], sizes, shared, own, eps,
-            layer, tokens, single, start, words, spins, thread, threads,
-        )  # fmt: skip
-
-
-@njit(**JIT)
-def run_head(
+def _head(
     mode: vec.Mode,
     head: np.ndarray,
-    gain: int,
     sizes: np.ndarray,
     shared: np.ndarray,
     own: np.ndarray,
@@ -400,32 +404,12 @@ def run_head(
     thread: int,
     threads: int,
 ) -> None:
-    """
-    Run the last norm and the head on ``tokens`` rows of RESIDUAL behind the first ``skip``.
-
-    Args:
-        head: int64 [4], the matrix.
-        gain: Address of the last norm's gain.
-        mode: Path and digits.
-        sizes: As in `run_layers`.
-        shared: As in `run_layers`.
-        own: As in `run_layers`.
-        eps: Of the norm.
-        skip: Rows to leave out: all but one in a prefill whose last logits alone are wanted.
-        tokens: Rows to compute.
-        single: One token by matrix-vector products.
-        logits: Address of float32 [tokens up to a multiple of 8, 16 * panels].
-        words: Address of the barrier.
-        spins: Polls before a barrier gives its core away.
-        thread: Which thread this is.
-        threads: How many there are.
-    """
+    """The last norm and the head on ``tokens`` rows of RESIDUAL behind the first ``skip``."""
     clock = own[OWN_CLOCK]
-    vec.atomic_store(clock, vec.now_ns())
     x = shared[RESIDUAL] + 4 * sizes[HIDDEN_WIDTH] * skip
     normed = own[OWN_NORMED] if single else shared[NORMED]
     tiles = own[OWN_TILE] if single else shared[TILES]
-    _norm_rows(x, gain, normed, sizes, tokens, single, eps, thread, threads)
+    _norm_rows(x, head[GAIN], normed, sizes, tokens, single, eps, thread, threads)
     if not single:
         _meet(clock, _PREPARE, words, threads, spins)
     if head[CODE] < _FLOATS:
@@ -433,6 +417,92 @@ def run_head(
         if not single:
             _meet(clock, _PREPARE, words, threads, spins)
     _lap(clock, _PREPARE)
-    first, stop = _share(head[PANELS], thread, threads)
-    _multiply(mode, head, first, stop, tokens, single, tiles, normed, own[OWN_SCRATCH], logits, 16 * head[PANELS])
+    width = 16 * head[PANELS]
+    while True:
+        first, stop = _claim(words, head[PANELS], threads)
+        if first >= stop:
+            break
+        _multiply(mode, head, first, stop, tokens, single, tiles, normed, own[OWN_SCRATCH], logits, width)
     _meet(clock, _HEAD, words, threads, spins)
+
+
+@njit(**JIT)
+def run(
+    mode: vec.Mode,
+    matrices: np.ndarray,
+    vectors: np.ndarray,
+    head: np.ndarray,
+    sizes: np.ndarray,
+    shared: np.ndarray,
+    own: np.ndarray,
+    logits: np.ndarray,
+    eps: float,
+    first: int,
+    stop: int,
+    tokens: int,
+    single: bool,
+    start: int,
+    wanted: int,
+    alone: bool,
+    words: int,
+    spins: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """
+    Run layers ``first`` to ``stop`` on the rows of the buffer RESIDUAL, and the head on the last of them.
+
+    Every thread calls it with the same arguments but for ``own`` and ``thread``.
+
+    Args:
+        mode: Path and digits.
+        matrices: int64 [layers, 7, 4].
+        vectors: int64 [layers, 5].
+        head: int64 [5].
+        sizes: int64 [10].
+        shared: int64 [16].
+        own: int64 [5], this thread's.
+        logits: float32 [wanted up to a multiple of 8 (one row when ``alone``), 16 * panels of the head].
+        eps: Of the norms.
+        first: First layer.
+        stop: Layer behind the last.
+        tokens: Rows.
+        single: One token by matrix-vector products; else tiles, whatever the number of tokens, so that a token's bits
+            do not depend on how a prompt is cut.
+        start: Positions that the cache holds; the buffer ROPE begins with the rotation of the first token.
+        wanted: Rows that the head is to be run on, the last ones; with 0 it is not.
+        alone: The head by matrix-vector products: one row is wanted.
+        words: Address of the barrier.
+        spins: Polls before a barrier gives its core away.
+        thread: Which thread this is.
+        threads: How many there are.
+    """
+    vec.atomic_store(own[OWN_CLOCK], vec.now_ns())
+    for layer in range(first, stop):
+        _layer(
+            mode, matrices[layer], vectors[layer], sizes, shared, own, eps,
+            layer, tokens, single, start, words, spins, thread, threads,
+        )  # fmt: skip
+    if wanted > 0:
+        _head(
+            mode, head, sizes, shared, own, eps, tokens - wanted, wanted, alone, logits.ctypes.data,
+            words, spins, thread, threads,
+        )  # fmt: skip
+
+
+def compiled(mode: vec.Mode) -> Callable[..., None]:
+    """
+    Compile `run` for a mode, or load it from the disk, and return what its dispatcher would call.
+
+    The dispatcher looks at every argument's type on every call. After a step has swept the caches that costs a tenth of
+    a millisecond, which is 1 % of a step.
+    """
+    table, integer = types.int64[::1], types.int64
+    arguments = (
+        vec.ModeType(mode), types.int64[:, :, ::1], types.int64[:, ::1], table, table, table, table,
+        types.float32[:, ::1], types.float64, integer, integer, integer, types.boolean, integer, integer, types.boolean,
+        integer, integer, integer, integer,
+    )  # fmt: skip
+    run.compile(arguments)
+    entry: Callable[..., None] = run.overloads[arguments].entry_point
+    return entry
