@@ -335,6 +335,8 @@ def _of_scores(fault: Fault) -> tuple[str, str]:
         return "backend-position", f"every head keeps its length and points elsewhere: {_angle(fault)}"
     if fault.run != "at once" and fault.kind == "k":
         return "backend-cache", "only the keys that a cached run stores are off"
+    if fault.op == "layers.0.q" and all((fault.wrong(fault.sibling(x)) == fault.rows).all() for x in "kv"):
+        return "backend-kernel", "queries, keys and values are off at the same positions: so is what goes into them"
     return "backend-attention", "no turn, no factor, no exchange explains it"
 
 
@@ -421,6 +423,12 @@ def _of_logits(fault: Fault) -> tuple[str, str]:
     swapped = np.take_along_axis(f, best, 1) - np.take_along_axis(r, best, 1)[:, ::-1]
     if (count <= 2).all() and (np.abs(swapped) <= 1e-3 * np.abs(r).max()).all():
         return "backend-sampling", "the two best logits are exchanged, all others are right"
+    touched = np.abs(f - r) > 1e-5 * np.abs(r).max()
+    some = touched.sum(axis=1)
+    one_tile = some.min() > 0.5 * some.max() and touched.any(axis=0).sum() < 1.5 * some.max()
+    if count.min() and some.max() < r.shape[1] / 4 and not one_tile:
+        few = f"{int(some.min())} to {int(some.max())} of {r.shape[1]} logits a row are changed"
+        return "backend-sampling", f"{few}, others in each row, and all the rest are right"
     if fault.run != "at once":
         far = np.linalg.norm(f - r, axis=1) / np.linalg.norm(r, axis=1)
         late = int(np.flatnonzero(fault.rows)[0]) > PROMPT

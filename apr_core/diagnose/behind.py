@@ -19,6 +19,7 @@ from apr_core.falsify.evidence import Evidence
 from apr_core.formats.checkpoint import open_checkpoint
 from apr_core.model.trace import TracedForward
 from apr_core.rosetta.copies import NoCopyError, copies_of
+from apr_core.rosetta.diff import TensorDiff
 
 OF_COPIES = ("F-GT-001", "F-GT-002", "F-GT-003", "F-GT-007", "F-GT-012")
 _SAID_OF_ANSWERS = "F-LAYOUT-CONTRACT-005"  # judges what a model generates: a healthy gate may refute it
@@ -68,6 +69,8 @@ def explain_copies(subject: Subject, chain: Chain) -> list[Cause]:
             with open_checkpoint(copies.path(container, quantize)) as copy:
                 found, _ = explain_tensors(copy, own, Chain())
                 found += explain_words(copy, own, tensors=bool(found))
+            if not found and quantize is None:
+                found = _other_types(copies.diffs[container])
         except NoCopyError as error:
             chain.ask(question, f"there is none: {error.message}")
             continue
@@ -82,3 +85,10 @@ def explain_copies(subject: Subject, chain: Chain) -> list[Cause]:
             return [chain.close(Cause("converter", question, answer, repair, tensors=first.tensors, op=first.op))]
         chain.ask(question, f"no: {len(own.tensors)} tensors and the words say what the file says")
     return []
+
+
+def _other_types(diff: TensorDiff) -> list[Cause]:
+    """Tensors whose values are right, in another type than the converter had to write."""
+    rows = [row for row in diff.rows if row.problem or row.mismatched]
+    names = tuple(row.name for row in rows)
+    return [Cause("codec", "Is its type the one asked for?", rows[0].sentence(), tensors=names)] if rows else []

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apr_core.contract.gates import load_gates
-from apr_core.contract.layout import role_of
+from apr_core.contract.layout import layer_of, role_of
 from apr_core.dtypes import FORMATS
 from apr_core.errors import AprError
 from apr_core.formats.bounds import step_bound
@@ -29,6 +29,7 @@ F32 = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 ALL = 0.999  # share of the values that a repair must bring back
 BLOCK = 32
+REACH = 1 << 16  # bytes before and behind a tensor's place
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Pair:
         if values.shape != self.given.shape:
             return self.given.size
         if self.blocked:  # blocks run along other values then: rounding differs, the direction does not
-            return 0 if correlation(values, self.given) > 0.98 else self.given.size
+            near = self.same_shape and correlation(self.found, self.given) > 0.98  # before any repair
+            return 0 if correlation(values, self.given) > 0.98 and not near else self.given.size
         return int((~self._within(values)).sum())
 
     def repairs(self, values: F32) -> bool:
@@ -194,6 +196,71 @@ def _out_of_order(subject: Checkpoint, name: str, other: str) -> str:
 
     swapped = [{name: other, other: name}.get(n, n) for n in order]
     return "only these two lie against the order of the header" if backward(order) and not backward(swapped) else ""
+
+
+def _late(pair: Pair) -> Proof | None:
+    """Look for the reference's own bytes a little before or behind the tensor's place in the file."""
+    info, right = pair.subject.tensors[pair.name], pair.reference.raw(pair.other)
+    data, middle = right.data, right.data.size // 2
+    probe = data[middle : middle + 64].tobytes()
+    if (info.dtype, info.shape) != (right.info.dtype, right.info.shape) or len(set(probe)) < 16:
+        return None
+    with info.file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        at = whole.find(probe, max(0, info.offset + middle - REACH), info.offset + middle + REACH)
+        start = at - middle
+        if at < 0 or start in (info.offset, -1) or start < 0:
+            return None
+        other = np.frombuffer(whole[start : start + data.size], np.uint8)
+    by, same = start - info.offset, int((other == data[: other.size]).sum())
+    if same == other.size and same > 0.98 * data.size:
+        answer = f"{same} of its {data.size} bytes stand {by:+d} bytes on"
+        return Proof("container", "Does it begin where the header says?", answer, f"move its offset by {by:+d}", True)
+    row = data.size // max(1, len(pair.found))
+    if by % row or same < 0.9 * data.size or pair.found.ndim < 2:
+        return None
+    answer = f"{same} of its {data.size} bytes stand {by // row:+d} rows on"
+    return Proof("layout", "Do the rows begin at the first?", answer, f"read it {by // row:+d} rows on", True)
+
+
+def _dealt(pair: Pair) -> Proof | None:
+    """Look for wrong rows among all rows of the reference's layer, and for wrong columns among the tensor's own."""
+    if not pair.same_shape or pair.found.ndim != 2 or min(pair.found.shape) < 8:
+        return None
+    layer, reference = layer_of(pair.name), pair.reference
+    width = pair.found.shape[1]
+    others = [
+        n
+        for n, t in reference.tensors.items()
+        if n != pair.other and layer is not None and layer_of(n) == layer and len(t.shape) == 2 and t.shape[1] == width
+    ]
+    wrong = pair.wrong
+    for what, found, given, bad in (
+        ("rows", pair.found, [pair.given, *(decode(reference.raw(n)) for n in others)], wrong.any(axis=1)),
+        ("columns", pair.found.T, [pair.given.T], wrong.any(axis=0)),
+    ):
+        at = np.flatnonzero(bad)
+        at = at[:: max(1, len(at) // 64)][:64]
+        best = [_nearest(found[at], matrix) for matrix in given]
+        like = np.stack([score for _, score in best])
+        home = like.argmax(axis=0)
+        there = np.stack([row for row, _ in best])[home, np.arange(len(at))]
+        moved = (like.max(axis=0) > (0.95 if pair.blocked else 0.995)) & ((home > 0) | (there != at))
+        if len(at) > 1 and moved.mean() > 0.95:
+            names = [([pair.other, *others])[h] for h in dict.fromkeys(home.tolist())]
+            answer = f"{int(moved.sum())} of {len(at)} that were looked at are {what} of {', '.join(names)}"
+            return Proof(
+                "layout", f"Are {what} in another order?", f"{answer}, elsewhere", f"put the {what} back", False
+            )
+    return None
+
+
+def _nearest(rows: F32, matrix: F32) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Find the row of a matrix that is most like each of some rows: index and cosine."""
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    cosine = unit @ matrix.T / np.maximum(np.linalg.norm(matrix, axis=1), 1e-30)
+    cosine = np.where(np.isfinite(cosine), cosine, -1)
+    best = cosine.argmax(axis=1)
+    return best, cosine[np.arange(len(rows)), best]
 
 
 def _stale(pair: Pair) -> Proof | None:
@@ -380,10 +447,9 @@ def _simple(pair: Pair) -> Proof | None:
 
     if np.array_equal(found, np.abs(given)) and (given < 0).any():
         return Proof("numerics", question, "each value without its sign", "keep the sign bit", True)
-    for name, limit in (("at most", found.max()), ("at least", found.min())):
-        held = np.minimum(given, limit) if name == "at most" else np.maximum(given, limit)
-        if np.array_equal(found, held) and (pair.wrong.sum() > 1):
-            return Proof("numerics", question, f"each value held {name} {limit:.4g}", "do not clip", True)
+    low, high = found.min(), found.max()
+    if np.array_equal(found, np.clip(given, low, high)) and pair.wrong.sum() > 1:
+        return Proof("numerics", question, f"each value held between {low:.4g} and {high:.4g}", "do not clip", True)
     cut = _cut_mantissa(pair)
     if cut:
         return Proof("numerics", question, cut, "round to the type's own mantissa", True)
@@ -403,11 +469,13 @@ def _cut_mantissa(pair: Pair) -> str:
     """Say how many bits of mantissa are left, where fewer than the type has; empty otherwise."""
     if pair.blocked or pair.wrong.mean() < 0.5:
         return ""
-    bits, given = pair.found.view(np.uint32), pair.given.view(np.uint32)
+    bits, exponent = pair.found.view(np.uint32), np.frexp(pair.given)[1]
+    off = np.abs(pair.found.astype(np.float64) - pair.given)
     for kept in range(1, 7):
-        mask = np.uint32(0xFFFFFFFF << (23 - kept) & 0xFFFFFFFF)
-        if np.array_equal(bits, given & mask):
-            return f"each value cut to {kept} bits of mantissa"
+        short = (bits & np.uint32((1 << (23 - kept)) - 1)) == 0
+        if short.all() and (off <= np.ldexp(1.0, exponent - 1 - kept)).all():
+            grown = (np.abs(pair.found) > np.abs(pair.given)).any()
+            return f"each value {'rounded' if grown else 'cut'} to {kept} bits of mantissa"
     return ""
 
 
@@ -480,7 +548,18 @@ def grid_bits(values: F32, tolerance: float) -> int | None:
             clear = allowed < 0.2 * step  # a tolerance near the step would take anything for a grid
             if clear.mean() > 0.3 and (off <= allowed)[clear].mean() > 0.97:
                 return bits
-    return None
+    return 5 if _own_grids(blocks, top, tolerance) else None
+
+
+def _own_grids(blocks: NDArray[np.float64], top: NDArray[np.float64], tolerance: float) -> bool:
+    """Whether each run has a grid through zero of its own, of at most 16 steps: codes that do not reach their limit."""
+    on_one = np.zeros(len(blocks), bool)
+    for steps in range(3, 17):
+        step = top / steps
+        off = np.abs(blocks / step - np.round(blocks / step)) * step
+        allowed = tolerance * (np.abs(blocks) + top / 64)
+        on_one |= ((off <= allowed) & (allowed < 0.2 * step)).all(axis=1)
+    return bool(on_one.mean() > 0.5)
 
 
 def _grid(pair: Pair) -> Proof | None:
@@ -544,7 +623,9 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     _heads,
     _unpacked,
     _permuted,
+    _late,
     _stale,
+    _dealt,
     _nonfinite,
     _zeros,
     _constant,

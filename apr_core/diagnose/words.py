@@ -102,6 +102,8 @@ def _unreadable(subject: Checkpoint, reference: Checkpoint, error: AprError) -> 
 
 def _tokenizer(subject: Checkpoint, reference: Checkpoint, fields: list[Field]) -> list[Cause]:
     """Compare what both tokenizers do; put one part of the reference's in after the other, and keep what restores."""
+    if has_tokenizer(reference) and not has_tokenizer(subject):
+        return [Cause("tokenizer", "Is there a tokenizer?", "none; the reference has one", "carry it along", op="file")]
     if not (has_tokenizer(subject) and has_tokenizer(reference)):
         return []
     mine, other = read_vocabulary(subject), read_vocabulary(reference)

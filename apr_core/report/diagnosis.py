@@ -21,6 +21,12 @@ _SAID = {
     "benign": "legal oddities with nothing to explain",
     "pair one": "two defects at once: at least one cause right",
     "pair both": "two defects at once: both causes right",
+    "copies": "our own converter named, from its broken copies",
+    "meter": "meter or engine named, from what a broken meter says",
+    "held out": "first held-out set, after what it taught was mended: class right",
+    "held out place": "tensor or activation right, of those",
+    "unseen": "second held-out set, first try: class right",
+    "unseen place": "tensor or activation right, of those",
 }
 
 
@@ -84,16 +90,15 @@ def diagnosis_page(body: Mapping[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     counts = body["counts"]
-    of = {
-        "reference": counts["reference"] + counts["backend"],
-        "place": "those with a place",
-        "alone": counts["alone"],
-        "benign": counts["benign"],
-        "pair one": counts["pair"],
-        "pair both": counts["pair"],
-    }
-    for name, target in body["targets"].items():
-        lines.append(f"| {_SAID[name]} | {100 * body['rates'][name]:.1f} % | {100 * target:.0f} % | {of[name]} |")
+    place = "those with a place"
+    of = {"reference": counts["reference"] + counts["backend"]} | dict.fromkeys(
+        ("place", "held out place", "unseen place"), place
+    )
+    of |= {"pair one": counts["pair"], "pair both": counts["pair"]}
+    for name, said in _SAID.items():
+        if (rate := body["rates"].get(name)) is not None:
+            target = f"{100 * body['targets'][name]:.0f} %" if name in body["targets"] else "none"
+            lines.append(f"| {said} | {100 * rate:.1f} % | {target} | {of.get(name, counts.get(name))} |")
     times = ", ".join(f"{kind} {row['median']:.2f} s" for kind, row in body["seconds"].items())
     lines += ["", f"Median time of one diagnosis: {times}.", "", "## Missed", ""]
     lines += ["| defect | examined | planted | named | the deciding experiment |", "|---|---|---|---|---|"]

@@ -45,6 +45,7 @@ class Row:
     kills: tuple[str, ...] = ()
     alone: str | None = None
     source: str = ""
+    cause: str = ""
 
 
 def family(
@@ -71,7 +72,7 @@ def family(
                 klass,
                 row.what,
                 row.source or source,
-                cause,
+                row.cause or cause,
                 row.kills or kills,
                 role=role.name if role else "",
                 tensor="" if "*" in pattern else pattern,
