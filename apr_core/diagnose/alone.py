@@ -33,6 +33,7 @@ from apr_core.model.vocabulary import read_vocabulary
 from apr_core.rosetta import chatml
 from apr_core.rosetta.acts import chat_template_applied, no_injected_control_tokens
 from apr_core.rosetta.carry import has_tokenizer, token_ids
+from apr_core.rosetta.passport import passport
 
 _CONFIG = {*CONFIG_RULES, "config_keys", "beyond", "switched_off"}
 _LARGEST = 1e5  # key biases of Qwen2.5 reach hundreds; nothing that was trained comes near this
@@ -51,8 +52,17 @@ def explain_alone(checkpoint: Checkpoint, admitted: Admission | AprError, chain:
     """Explain what a file shows by itself; the chain says what was asked when it shows nothing."""
     causes = explain_config(checkpoint, admitted, chain)
     if not causes:
-        causes = [chain.close(cause) for cause in _words(checkpoint, chain)]
+        causes = [chain.close(cause) for cause in _words(checkpoint, chain) or explain_label(checkpoint)]
     return causes
+
+
+def explain_label(checkpoint: Checkpoint) -> list[Cause]:
+    """Hold what a file calls itself against the types of its matrices: who wrote it wrote both."""
+    found = passport(checkpoint)
+    if found.agrees is not False:
+        return []
+    answer = f"it says {found.label} by its {found.label_from}, and {found.strange[0]} ({len(found.strange)} matrices)"
+    return [Cause("converter", "Does the label say what is in it?", answer, "write the label that its types have")]
 
 
 def explain_config(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from apr_core.contract.admit import Admission, admit
-from apr_core.diagnose.alone import explain_alone, explain_config, explain_opening
+from apr_core.diagnose.alone import explain_alone, explain_config, explain_label, explain_opening
 from apr_core.diagnose.behind import explain_behind
 from apr_core.diagnose.cause import EXPLAINED, NOTHING, UNEXPLAINED, Cause, Chain, Diagnosis, Why
 from apr_core.diagnose.tensors import explain_tensors
@@ -127,7 +127,7 @@ def _with_reference(checkpoint: Checkpoint, reference: str | Path, chain: Chain)
             words = explain_config(checkpoint, _admitted(checkpoint), chain, only="configuration") if not causes else []
         causes += [chain.close(cause) for cause in words]
         if not causes:
-            causes += [chain.close(cause) for cause in explain_records(checkpoint, given)]
+            causes += [chain.close(c) for c in explain_records(checkpoint, given) or explain_label(checkpoint)]
         return _explained(causes, relation, chain)
 
 
