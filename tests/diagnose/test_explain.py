@@ -54,6 +54,7 @@ ALONE = {
     "values-1e37": "tensor-values",
     "word-beyond-rows": "tokenizer",
     "yarn": "configuration",
+    "key-says-q4": "converter",
 }
 
 Plant = Callable[[str | Callable[[Draft], object]], Path]

@@ -24,16 +24,22 @@ def test_rates_count_what_was_right_and_where() -> None:
         _case("backend", "backend-cache", "backend-cache", placed=False),
         _case("alone", "naming", "naming"),
         _case("benign", "nothing to explain", "nothing to explain"),
+        _case("unseen", "stop", "stop", placed=True),
         Case("a + b", "pair", ("codec", "layout"), ("codec",), 1, None, 3.0),
     ]
     body = summarise(cases)
-    assert body["rates"] == {
+    assert {name: rate for name, rate in body["rates"].items() if rate is not None} == {
         "reference": round(2 / 3, 4),
         "place": 0.5,
         "alone": 1.0,
         "benign": 1.0,
         "pair one": 1.0,
         "pair both": 0.0,
+        "unseen": 1.0,
+        "unseen place": 1.0,
+    }
+    assert {name for name, rate in body["rates"].items() if rate is None} == {
+        *("copies", "meter", "held out", "held out place"),
     }
     assert {"planted": "codec", "named": "layout", "count": 1} in body["confusion"]
     assert [m["found"] for m in body["missed"]] == [("layout",)]
