@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apr_core.report.text import clean
+from apr_core.report.text import aligned, clean
 
 WHOLE = sys.maxsize
 
@@ -43,7 +43,4 @@ def plain(value: Any) -> Any:
 
 def show_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print columns as wide as their widest cell, the last one as long as it is."""
-    cells = [[clean(cell, 400).replace("\n", " ") for cell in row] for row in (heads, *rows)]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(heads))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(aligned(heads, rows, 400))

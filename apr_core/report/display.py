@@ -23,7 +23,7 @@ from apr_core.falsify.finding import Finding
 from apr_core.falsify.rounds import Round
 from apr_core.report import shell as shell_
 from apr_core.report.summary import evidence_file
-from apr_core.report.text import clean, esc, limit_of, machine_facts, number, quantity, table
+from apr_core.report.text import aligned, clean, columns, esc, limit_of, machine_facts, number, quantity, table
 from apr_core.report.whys import whys_html
 
 
@@ -289,14 +289,9 @@ def _scrolled(inner: Markup, rows: int) -> Markup:
 
 
 def _text_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows in aligned columns, a cell never more than 40 characters wide."""
-    names = list(dict.fromkeys(str(k) for r in rows for k in r))
-    cells = [
-        [clean(n, 36).replace("\n", " ") for n in names],
-        *([clean(number(r.get(n)), 36).replace("\n", " ") for n in names] for r in rows),
-    ]
-    wide = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, wide, strict=True)).rstrip() for line in cells)
+    """Rows in aligned columns, a cell never more than some 60 characters wide."""
+    names = columns(rows)
+    return aligned(names, [[number(r.get(n)) for n in names] for r in rows], 36)
 
 
 def _object(how: str, thing: object) -> Shown:

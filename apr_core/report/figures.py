@@ -165,7 +165,7 @@ def plot_positions(source: Source) -> Figure | None:
         lone = "the points would lie far above what the type explains, at many positions"
         told = f"Were the claim false, {wrong if limits else lone}."
         if m.claim is None:
-            told = "Coarser types lie higher at every position; were one damaged, a coarser one would lie below it."
+            told = "Coarser types lie higher on the whole; were one damaged, its points would lie above a coarser one."
         return finish(
             figure,
             alt=f"Dot plot: {', '.join(label(k, 24) for k in series)} at {len(values)} positions, "

@@ -21,18 +21,7 @@ from apr_core.falsify.evidence import Evidence
 from apr_core.falsify.rounds import WORST_FIRST, Conclusion, read_declared
 from apr_core.falsify.verdict import NotRun, Verdict
 from apr_core.report.summary import NotebookStatus, evidence_file, examined, write_whole
-from apr_core.report.text import (
-    clean,
-    columns,
-    esc,
-    limit_of,
-    machine_facts,
-    nbytes,
-    number,
-    percent,
-    quantity,
-    seconds,
-)
+from apr_core.report.text import clean, esc, limit_of, machine_facts, nbytes, number, percent, quantity, seconds, table
 from apr_core.report.whys import whys_html
 
 if TYPE_CHECKING:
@@ -349,9 +338,8 @@ def _claim(
         "command": _command(declared, row["notebook"]),
         "open": verdict is Verdict.FALSIFIED,
         "facts": {},
-        "heads": [],
-        "rows": [],
-        "omitted": 0,
+        "rows": "",
+        "listed": (0, 0),
         "whys": "",
         "figure": None,
         "figure_note": "",
@@ -376,13 +364,11 @@ def _evidence(e: Evidence) -> dict[str, Any]:
         if e.measured.get("required_tolerance") is not None
         else "",
     }
-    heads = columns(e.rows)
     figure, note = _figure(e)
     return {
         "facts": {k: v for k, v in facts.items() if v},
-        "heads": [clean(h, 80) for h in heads],
-        "rows": [[clean(number(r.get(h)), 400) for h in heads] for r in e.rows],
-        "omitted": e.rows_omitted,
+        "rows": table(e.rows),
+        "listed": (len(e.rows), len(e.rows) + e.rows_omitted),
         "whys": whys_html(
             e.whys, {"numbers": quote(evidence_file(e)), **({"figure": f"#fig-{e.id}"} if figure else {})}
         ),

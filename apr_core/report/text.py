@@ -129,6 +129,13 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(str(k) for row in rows for k in row))
 
 
+def aligned(heads: Sequence[str], rows: Sequence[Sequence[object]], limit: int) -> str:
+    """Write columns as wide as their widest cell, for a terminal; ``limit`` is the longest text kept whole."""
+    cells = [[clean(cell, limit).replace("\n", " ") for cell in row] for row in (heads, *rows)]
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, wide, strict=True)).rstrip() for row in cells)
+
+
 def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Markup:
     """Build an escaped HTML table of rows, column heads with scope; empty for no rows."""
     if not rows:
