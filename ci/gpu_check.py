@@ -5,8 +5,9 @@ Compile every phase ahead of time for compute capability 9.0 and hold its machin
 
 No device is needed: Triton brings the assembler and the disassembler. The launches are those of `launch`, made with
 tensors without memory and recorded. Asserted: no spill, codes of weights in loads of 16 bytes, such a load before the
-wait for the kernel before (so that weights arrive while it still runs), and instructions per weight of the inner loop
-within the budget: what 132 multiprocessors issue at 1.98 GHz while one weight arrives at 4.3 TB/s.
+wait for the kernel before (so that weights arrive while it still runs), that wait in every kernel that is launched
+dependently, and instructions per weight of the inner loop within the budget: what 132 multiprocessors issue at 1.98 GHz
+while one weight arrives at 4.3 TB/s.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,13 @@ OPTIONS = ("num_warps", "launch_pdl", "enable_fp_fusion")
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: the kernel's name, the types of its arguments by position, its constants and options."""
+    """One recorded launch: the kernel's name, its arguments (of a tensor the type), its constants and options."""
 
-    case: str
     name: str
-    arguments: tuple[str, ...]
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
+    case: str = ""
     weights: int = 0
     stored: str = ""
 
@@ -60,16 +62,68 @@ class Recorder:
     """Stands in for `phases`: records what would be launched."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.seen: list[Launch] = []
 
     def __getattr__(self, name: str) -> Any:
         recorder = self
 
         class Kernel:
             def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                return lambda *arguments, **constants: recorder.seen.append((name, arguments, constants))
+                return lambda *arguments, **constants: recorder.add(name, arguments, constants)
 
         return Kernel()
+
+    def add(self, name: str, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Keep a launch without its memory."""
+        types = tuple(a if isinstance(a, int | float) else str(a.dtype).removeprefix("torch.") for a in arguments)
+        options = {key: constants.pop(key) for key in OPTIONS if key in constants}
+        self.seen.append(Launch(name, types, constants, options))
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Record what is launched meanwhile, in the place of launching it."""
+    from apr_core.kernels.gpu import launch
+
+    recorder, real = Recorder(), launch.phases
+    launch.phases = recorder
+    try:
+        yield recorder.seen
+    finally:
+        launch.phases = real
+
+
+class Absent:
+    """A driver whose device is not there: kernels are compiled for it as for one that is."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> Any:
+        """What is compiled for."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        """The first."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default one."""
+        return 0
+
+
+def built(launch: Launch, capability: int = 90) -> Any:
+    """Compile a launch on the very path that launching takes: a process with the device finds it in Triton's cache."""
+    import torch
+    from triton.runtime.driver import driver
+
+    from apr_core.kernels.gpu import phases
+
+    driver.set_active(Absent(capability))
+    arguments = (torch.empty(16, dtype=getattr(torch, a)) if isinstance(a, str) else a for a in launch.arguments)
+    return getattr(phases, launch.name).warmup(*arguments, grid=(1,), **launch.constants, **launch.options)
 
 
 def launches() -> Iterator[Launch]:
@@ -91,17 +145,9 @@ def launches() -> Iterator[Launch]:
     norm, state = Norm(f32(99), 1e-6), i32(3)
 
     def record(case: str, weights: int, kind: str, call: Any) -> Launch:
-        recorder, real = Recorder(), launch.phases
-        launch.phases = recorder
-        try:
+        with recording() as seen:
             call()
-        finally:
-            launch.phases = real
-        ((name, arguments, constants),) = recorder.seen
-        options = {
-            key: constants.pop(key) for key in ("num_warps", "launch_pdl", "enable_fp_fusion") if key in constants
-        }
-        return Launch(case, name, tuple(map(_type, arguments)), constants, options, weights, kind)
+        return replace(seen[0], case=case, weights=weights, stored=kind)
 
     exact, speed, three = Mode(3, True), Mode(1, True), (f32(9),) * 3
     for mode, said, kinds in ((exact, "exact", tuple(PLANES)), (speed, "speed", ("Q4_K", "Q6_K", "Q5_0"))):
@@ -143,13 +189,6 @@ def launches() -> Iterator[Launch]:
         yield record(f"decode Q5_K {dtype}", 0, "", lambda w=w, t=dtype: launch.decode(w, t, 7, 64))
 
 
-def _type(value: Any) -> str:
-    if isinstance(value, int | float):
-        return "i32" if isinstance(value, int) else "fp32"
-    names = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "uint8": "*u8"}
-    return names[str(value.dtype).removeprefix("torch.")]
-
-
 @dataclass(frozen=True)
 class Code:
     """What the machine code of one launch shows."""
@@ -158,6 +197,7 @@ class Code:
     registers: int
     local_bytes: int
     wide_loads_before_wait: int
+    dependent: bool
     per_weight: float | None
     budget: float | None
 
@@ -166,6 +206,8 @@ class Code:
         found = []
         if self.local_bytes:
             found.append(f"{self.local_bytes} bytes of local memory, expected none")
+        if launch.options.get("launch_pdl", False) != self.dependent:
+            found.append("launched dependently without waiting, or the other way round")
         if launch.stored and self.registers > REGISTERS:
             found.append(f"{self.registers} registers, expected at most {REGISTERS}")
         if not self.wide_loads_before_wait >= launch.wide_loads:
@@ -177,24 +219,17 @@ class Code:
         return [f"{self.case}: {fault}" for fault in found]
 
 
+def build_ahead(launch: Launch, capability: int) -> None:
+    """As `built`, for a worker: what is compiled stays in Triton's cache."""
+    built(launch, capability)
+
+
 def compiled(launch: Launch) -> Code:
     """Compile one launch and read its machine code."""
-    from triton import compile as build
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from apr_core.kernels.gpu import phases
-
-    kernel = getattr(phases, launch.name)
-    names = kernel.arg_names
-    signature = dict.fromkeys(names, "constexpr") | dict(zip(names, launch.arguments, strict=False))
-    constants = {(names.index(name),): value for name, value in launch.constants.items()}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(launch.arguments) if kind.startswith("*")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    made = build(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+    made = built(launch)
     usage, text = _disassembled(made.asm["cubin"])
     code = [_opcode(line) for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text)]
-    wait = next((at for at, name in enumerate(code) if name.startswith("ACQBULK")), len(code))
+    wait = next((at for at, name in enumerate(code) if name.startswith("ACQBULK")), None)
     budget = FORMATS[launch.stored].bits_per_weight / 8 * INSTRUCTIONS_PER_BYTE if launch.stored else None
     loop = _loop(text)
     per_weight = len(loop) * 32 * launch.options["num_warps"] / launch.weights if launch.weights and loop else None
@@ -203,6 +238,7 @@ def compiled(launch: Launch) -> Code:
         int(re.search(r"REG:(\d+)", usage).group(1)),  # type: ignore[union-attr]
         int(re.search(r"LOCAL:(\d+)", usage).group(1)) + 4 * sum(name.startswith(("LDL", "STL")) for name in code),  # type: ignore[union-attr]
         sum(".128" in name for name in code[:wait] if name.startswith("LDG")),
+        made.metadata.launch_pdl and wait is not None,
         per_weight,
         budget,
     )

@@ -9,13 +9,14 @@ bit for bit, with fewer bytes of the device. It is attested: an engine that ran 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gpu import Record, Setup
+from gpu import Part, Record, Setup
 from numpy.typing import NDArray
 
 from apr_core.contract.admit import admit
@@ -84,13 +85,22 @@ def every_format(setup: Setup, name: str, source: Path) -> Iterator[Record]:
         yield hold(setup, f"{name}-{container}-{dtype}", convert(source, target, quantize=dtype))
 
 
-def large(setup: Setup) -> Iterator[Record]:
-    """Hold random models of published shapes, drawn as blocks: Q4_K_M has Q4_K, Q5_0, Q6_K and Q8_0 in it."""
-    for shape in setup.shapes:
-        out = setup.scratch / f"{shape}.gguf"
-        synthesise(shape, format="gguf", dtype="q4_k_m", tokenizer=None, seed=SEED, out=out)
-        yield hold(setup, shape, out)
-        out.unlink()
+def large(shape: str, setup: Setup) -> Iterator[Record]:
+    """Hold a random model of a published shape, drawn as blocks: Q4_K_M has Q4_K, Q5_0, Q6_K and Q8_0 in it."""
+    out = setup.scratch / f"{shape}.gguf"
+    synthesise(shape, format="gguf", dtype="q4_k_m", tokenizer=None, seed=SEED, out=out)
+    yield hold(setup, shape, out)
+    out.unlink()
+
+
+def parts(setup: Setup) -> list[Part]:
+    """List what runs, in this order."""
+    return [
+        Part("products", 10, products),
+        Part("bundled", 160, bundled),
+        *(Part("large", 120, partial(large, shape)) for shape in setup.shapes),
+        Part("random_weights", 120, random_weights),
+    ]
 
 
 def hold(setup: Setup, name: str, path: Path) -> Record:

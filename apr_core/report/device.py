@@ -7,11 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from apr_core.errors import FormatError
 from apr_core.report.display import Shown, compose
 
 FOLDER = Path(__file__).resolve().parents[2] / "reports" / "gpu"
-_RATES = ("decode_tok_s", "eager_decode_tok_s", "prefill_tok_s", "share_of_read_bandwidth", "figure_tok_s", "rel_l2")
+_RATES = (
+    "decode_tok_s", "roofline_tok_s", "eager_decode_tok_s", "prefill_tok_s", "share_of_read_bandwidth", "figure_tok_s",
+    "rel_l2", "top1_agreement", "torch_equal",
+)  # fmt: skip
 
 
 def show_device(folder: Path = FOLDER) -> Shown:
@@ -24,25 +29,30 @@ def show_device(folder: Path = FOLDER) -> Shown:
     Raises:
         FormatError: A record is unreadable: silence would look like none.
     """
-    records = [record for record in _records(folder) if record["part"] == "models"]
+    every = list(_records(folder))
+    records = [r for r in every if r["part"] == "models" and "decode_tok_s" in r["measured"]]
     if not records:
         return compose(["No evidence from a device: none has been imported into reports/gpu."])
     about = sorted({f"{r.get('device_name', r['device'])}, commit {r['provenance']['commit']}" for r in records})
-    rows = [
-        {"model": r["name"], "verdict": r["verdict"], **{key: r["measured"].get(key) for key in _RATES}}
-        for r in records
-        if "decode_tok_s" in r["measured"]
+    said = [f"Imported from {'; '.join(about)}", "not measured by this run"]
+    if any(r["device"] == "cpu" for r in records):
+        said.append("a rehearsal on the CPU: rates of an interpreter, which say nothing about a device")
+    bandwidth = next((r["measured"]["read_gb_s"] for r in every if r["part"] == "ceilings"), None)
+    rows, kernels = [], []
+    for r in records:
+        found = dict(r["measured"])
+        if bandwidth:  # what no decoding exceeds: every weight is read once per token
+            found["roofline_tok_s"] = 1e9 * bandwidth / found["bytes_per_token"]
+        rows.append({"model": r["name"], "verdict": r["verdict"], **{key: found.get(key) for key in _RATES}})
+        if found.get("us_by_kernel"):
+            kernels.append({"model": r["name"]} | {f"{name} us": us for name, us in found["us_by_kernel"].items()})
+    tables = [
+        (said, rows),
+        (["Microseconds per token by kernel"], kernels),
+        (["Predicted against measured"], [row for r in every if r["part"] == "figures" for row in r["rows"]]),
     ]
-    kernels = [
-        {"model": r["name"], **{f"{name} us": us for name, us in r["measured"]["us_by_kernel"].items()}}
-        for r in records
-        if r["measured"].get("us_by_kernel")
-    ]
-    first, second = (
-        compose([f"Imported from {'; '.join(about)}", "not measured by this run"], rows),
-        compose(["Microseconds per token by kernel"], kernels),
-    )
-    return Shown(first.html + second.html, f"{first.text}\n{second.text}")
+    shown = [compose(lines, table) for lines, table in tables if table]
+    return Shown(Markup().join(one.html for one in shown), "\n".join(one.text for one in shown))
 
 
 def show_imported(folder: Path = FOLDER) -> Shown:
@@ -72,7 +82,7 @@ def _records(folder: Path) -> Iterator[Mapping[str, Any]]:
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
-            [body[key] for key in ("part", "name", "verdict", "measured", "device", "provenance")]
+            [body[key] for key in ("part", "name", "verdict", "measured", "rows", "device", "provenance")]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FormatError(
                 expected="a record of ci/run_gpu.sh", found=str(error), file=path, advice="unpack the archive again"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_each_record_is_kept_before_the_next_part_begins(gpu: Any, setup: Any, t
         seen.append(list(read(path)))
         yield gpu.Record("two", gpu.Verdict.NOT_RUN, "no reason")
 
-    assert gpu.run_parts(archive, setup, [first, second], 3600) == 1
+    assert gpu.run_parts(archive, setup, [gpu.Part("first", 1, first), gpu.Part("second", 1, second)], 3600) == 1
     assert seen == [["00-first-one.json"], ["00-first-one.json", "01-first-error.json"]]
     found = read(path)
     assert found["00-first-one.json"]["measured"] == {"number": None}
@@ -125,21 +126,82 @@ def test_each_record_is_kept_before_the_next_part_begins(gpu: Any, setup: Any, t
     assert found["02-second-two.json"]["verdict"] == "NOT_RUN"
 
 
-def test_what_the_time_does_not_suffice_for_is_not_run(gpu: Any, setup: Any, tmp_path: Path) -> None:
-    """The part that is running ends, those behind it are named, and the run is inconclusive."""
+def test_each_part_has_its_share_of_the_time(gpu: Any, setup: Any, tmp_path: Path) -> None:
+    """One that does not end is ended, whatever it handles; what a quick one leaves is for those behind it."""
     archive = gpu.Archive(tmp_path / "a.tar.gz", {})
 
-    def slow(setup: Any) -> Any:
+    def quick(setup: Any) -> Any:
         yield gpu.Record("one", gpu.Verdict.NOT_RUN, "no reason")
-        for _ in range(100):
-            gpu.time.sleep(0.1)
 
-    def behind(setup: Any) -> Any:
-        raise AssertionError("there is no time for it")
+    def slow(setup: Any) -> Any:
+        for at in range(100):
+            with suppress(Exception):
+                gpu.time.sleep(0.1)
+            yield gpu.Record(f"step{at}", gpu.Verdict.NOT_RUN, "no reason")
 
-    assert gpu.run_parts(archive, setup, [slow, behind], 1) == 11
-    found = [(name[3:], body["reason"]) for name, body in read(archive.path).items()]
-    assert found[-2:] == [("slow-rest.json", "out of time after 1 s"), ("behind-all.json", "out of time")]
+    def ended(setup: Any) -> Any:
+        gpu.time.sleep(0.4)
+        yield gpu.Record("two", gpu.Verdict.NOT_RUN, "no reason")
+
+    parts = [gpu.Part("quick", 3, quick), gpu.Part("slow", 1, slow), gpu.Part("ended", 4, ended)]
+    assert gpu.run_parts(archive, setup, parts, 2) == 11
+    found = [(body["part"], body["name"]) for body in read(archive.path).values()]
+    assert found[0] == ("quick", "one")
+    assert found[-2:] == [("slow", "rest"), ("ended", "two")]
+    assert 5 <= sum(part == "slow" for part, _ in found) <= 11, "its quarter of a second, and what quick left"
+    assert read(archive.path)[f"{len(found) - 2:02d}-slow-rest.json"]["reason"] == "out of time, its share was 1 s"
+
+
+def test_what_a_machine_lacks_is_not_run(gpu: Any, setup: Any, tmp_path: Path) -> None:
+    """Triton missing, a device too old: said, and no part that broke."""
+    archive = gpu.Archive(tmp_path / "a.tar.gz", {})
+
+    def lacking(setup: Any) -> Any:
+        raise gpu.Unavailable("no triton here", advice="install it")
+        yield
+
+    assert gpu.run_parts(archive, setup, [gpu.Part("lacking", 1, lacking)], 60) == 11
+    (record,) = read(archive.path).values()
+    assert (record["verdict"], record["reason"]) == ("NOT_RUN", "no triton here; install it")
+
+
+def test_where_the_device_is_lost_another_process_goes_on(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the part that lost it, with the time that is left and the records that are there."""
+    import gpu_parity
+
+    def breaking(setup: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        yield
+
+    def sound(setup: Any) -> Any:
+        yield gpu.Record("two", gpu.Verdict.CORROBORATED)
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error")
+
+    class Gone(BaseException):
+        pass
+
+    def leave(program: str, arguments: list[str]) -> None:
+        said.extend(arguments)
+        raise Gone
+
+    said: list[str] = []
+    parts = [gpu.Part("one", 1, breaking), gpu.Part("two", 1, sound)]
+    monkeypatch.setattr(gpu_parity, "parts", lambda setup: parts)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "synchronize", fails)
+    monkeypatch.setattr(gpu, "about", lambda *_: {})
+    monkeypatch.setattr(gpu.os, "execv", leave)
+    with pytest.raises(Gone):
+        gpu.main(["--out", str(tmp_path), "--budget-s", "100"])
+    assert said[:2] == [sys.executable, gpu.__file__]
+    assert gpu.main(said[2:]) == 1
+    assert said[-4:-1] == ["--done", "1", "--budget-s"]
+    assert 90 < float(said[-1]) <= 100
+    assert list(read(tmp_path / "gpu-parity.tar.gz")) == ["00-one-error.json", "01-two-two.json"]
 
 
 def test_without_a_device_nothing_runs(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -171,7 +233,7 @@ def test_a_wrong_forward_is_refuted(
 
     monkeypatch.setattr(gpu_parity, name, Wrong)
     archive = gpu.Archive(setup.scratch / "a.tar.gz", {})
-    assert gpu.run_parts(archive, setup, [gpu_parity.large], 3600) == 5
+    assert gpu.run_parts(archive, setup, gpu_parity.parts(setup)[2:3], 3600) == 5
     (record,) = read(archive.path).values()
     assert record["reason"].startswith(reason)
 

@@ -49,13 +49,16 @@ def test_every_phase_and_type_is_compiled(check: ModuleType) -> None:
 
 def test_each_limit_can_be_broken(check: ModuleType) -> None:
     """Spills, registers, narrow or late loads, instructions: each alone is a fault."""
-    launch = check.Launch("case", "residual", (), {"BN": 32, "C": 16}, {"num_warps": 4}, 16384, "Q4_K")
-    good = check.Code("case", 120, 0, 4, 3.2, 4.4)
+    launch = check.Launch(
+        "residual", (), {"BN": 32, "C": 16}, {"num_warps": 4, "launch_pdl": True}, "case", 16384, "Q4_K"
+    )
+    good = check.Code("case", 120, 0, 4, True, 3.2, 4.4)
     assert good.faults(launch) == []
     for change, said in (
         ({"local_bytes": 8}, "8 bytes of local memory"),
         ({"registers": 200}, "200 registers"),
         ({"wide_loads_before_wait": 3}, "3 loads of 16 bytes before the wait, expected 4"),
+        ({"dependent": False}, "launched dependently without waiting"),
         ({"per_weight": 4.5}, "4.50 instructions per weight, expected at most 4.40"),
         ({"per_weight": float("nan")}, "nan instructions per weight"),
     ):

@@ -11,9 +11,12 @@ from apr_core.errors import FormatError
 from apr_core.report.device import show_device, show_imported
 
 
-def _record(name: str, **measured: object) -> str:
-    about = {"device": "cuda", "device_name": "<H200>", "provenance": {"commit": "c0ffee"}}
-    return json.dumps({"part": "models", "name": name, "verdict": "CORROBORATED", "measured": measured, **about})
+def _record(name: str, part: str = "models", device: str = "cuda", **measured: object) -> str:
+    about = {"device": device, "device_name": "<H200>", "provenance": {"commit": "c0ffee"}}
+    body = {"part": part, "name": name, "verdict": "CORROBORATED", "measured": measured, "rows": [], **about}
+    if part == "figures":
+        body["rows"] = [{"what": "m-speed", "over": "", "measured": 2100.0, "at_least": 2000}]
+    return json.dumps(body)
 
 
 def test_no_evidence_is_said(tmp_path: Path) -> None:
@@ -25,8 +28,12 @@ def test_no_evidence_is_said(tmp_path: Path) -> None:
 
 def test_rates_and_kernels_are_shown_as_imported(tmp_path: Path) -> None:
     """By device and commit, escaped; a peer that did not run has no rate."""
-    (tmp_path / "1.json").write_text(_record("m-speed", decode_tok_s=2100.0, us_by_kernel={"residual": 151.23}))
+    (tmp_path / "1.json").write_text(
+        _record("m-speed", decode_tok_s=2100.0, bytes_per_token=10**9, us_by_kernel={"residual": 151.23})
+    )
     (tmp_path / "2.json").write_text(_record("m-llama.cpp"))
+    (tmp_path / "3.json").write_text(_record("machine", "ceilings", read_gb_s=4321.0))
+    (tmp_path / "4.json").write_text(_record("h200", "figures"))
     shown = show_device(tmp_path)
     for said in (
         "Imported from <H200>, commit c0ffee",
@@ -35,11 +42,21 @@ def test_rates_and_kernels_are_shown_as_imported(tmp_path: Path) -> None:
         "2100",
         "residual us",
         "151",
+        "4321",  # the roofline of a gigabyte per token
+        "Predicted against measured",
+        "at_least",
     ):
         assert said in shown.text
     assert "m-llama.cpp" not in shown.text
+    assert "rehearsal" not in shown.text
     assert "&lt;H200&gt;" in shown.html
     assert "<H200>" not in shown.html
+
+
+def test_a_rehearsal_is_marked(tmp_path: Path) -> None:
+    """An archive of `run_gpu.sh --bench --device cpu`, unpacked: its rates are an interpreter's."""
+    (tmp_path / "1.json").write_text(_record("m-speed", device="cpu", decode_tok_s=0.5, bytes_per_token=10**6))
+    assert "a rehearsal on the CPU: rates of an interpreter" in show_device(tmp_path).text
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"part": "models"}'])

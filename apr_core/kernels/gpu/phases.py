@@ -268,7 +268,7 @@ def pick(tops, places, state, made, COUNT: tl.constexpr, SPAN: tl.constexpr, N: 
     tl.store(state + 2, held + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])  # else it is compiled anew for each way that they divide
 def decode(
     w, first, count, ids, out, CODE: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr,
     BN: tl.constexpr,
