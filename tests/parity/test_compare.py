@@ -15,6 +15,7 @@ from apr_core.falsify.verdict import Verdict
 from apr_core.model.trace import mandatory_names
 from apr_core.parity.compare import compare, compare_rows, split_name
 from apr_core.parity.distribution import bootstrap, compare_logits, top_margin
+from apr_core.parity.tolerances import QUANTISED_TAU
 
 Side = dict[str, NDArray[np.float32]]
 TOKENS, WIDTH = 63, 257
@@ -367,3 +368,14 @@ def test_the_norms_rule_is_a_column_and_is_blind() -> None:
     for blind in (permute(x), -x):
         assert compare_logits(x, blind).norm_difference.max() < 1e-6
     assert compare_logits(x, x * np.float32(1.5)).norm_difference == pytest.approx(0.5, rel=1e-5)
+
+
+def test_noise_of_a_fiftieth_flips_ties_and_nothing_that_is_decided() -> None:
+    """K5 of the field: 0.02 on every logit overturns near-ties alone; with no band for them it would be an alarm."""
+    random = np.random.default_rng(5)
+    reference = random.standard_normal((4096, 64)).astype(np.float32)
+    candidate = reference + random.uniform(-0.02, 0.02, reference.shape).astype(np.float32)
+    found = compare_logits(reference, candidate, QUANTISED_TAU)
+    assert len(found.near_tie_flips) > 20
+    assert (found.decisive_flips, found.top1_agreement) == ((), 1)
+    assert len(compare_logits(reference, candidate).decisive_flips) == len(found.near_tie_flips)

@@ -87,7 +87,10 @@ def test_the_top_names_file_reference_machine_and_duration(good: Any, parse: Cal
 def test_reasons_for_not_running(good: Any, parse: Callable[[str], Any]) -> None:
     """Each reason once, with its claims and what it would take."""
     text = parse(good.page).text
-    assert "no CUDA device (3): F-PAR-010 , F-PAR-012 , F-THR-009 . To change that: run on a machine with a CUDA device." in text
+    assert (
+        "no CUDA device (3): F-PAR-010 , F-PAR-012 , F-THR-009 . To change that: run on a machine with a CUDA device."
+        in text
+    )
     assert "no reference given (4): F-GT-010 , F-GT-011 , F-PAR-008 , F-PAR-009" in text
     assert set(REMEDY) == set(NotRun)
     assert set(MEANING) == set(Exit)
