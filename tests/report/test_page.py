@@ -180,11 +180,11 @@ def test_the_subject_has_a_passport(make_run: Callable[..., Any], parse: Callabl
 
 
 def test_unopened_subject_is_reported_at_once(make_run: Callable[..., Any], parse: Callable[[str], Any]) -> None:
-    """Message, advice and exit code; every claim NOT_RUN; within a second and without matplotlib."""
+    """Message, advice and exit code; every claim NOT_RUN; in less than a second of one core, and without matplotlib."""
     run = make_run(diagnosis=DIAGNOSIS)
-    start = time.perf_counter()
+    start = time.process_time()
     text = parse(write(run)).text
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     for said in (DIAGNOSIS["message"], "What to do: git lfs pull", "Exit code 4", "could not be opened", "every claim"):
         assert str(said) in text
     assert run.conclusion.counts["NOT_RUN"] == len(load_claims())
