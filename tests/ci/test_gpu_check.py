@@ -79,9 +79,11 @@ def test_the_longest_loop_is_counted(check: ModuleType) -> None:
 def test_without_triton_it_says_so(root: Path) -> None:
     """NOT_RUN and its own exit code: neither green nor red."""
     code = (
-        "import sys, runpy; sys.modules['triton'] = None; sys.argv = ['gpu_check.py'];"
-        "import importlib.util as u; find = u.find_spec;"
-        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a);"
+        "import sys, runpy\n"
+        "class Denied:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.split('.')[0] == 'triton': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Denied()); sys.argv = ['gpu_check.py']\n"
         "runpy.run_path('ci/gpu_check.py', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, cwd=root, capture_output=True, text=True)

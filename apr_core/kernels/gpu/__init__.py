@@ -15,7 +15,10 @@ import os
 @functools.cache
 def has_triton() -> bool:
     """Say whether the compiler is installed."""
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # hidden by a finder, or by an entry of None: not there either way
+        return False
 
 
 def interpreted() -> bool:
