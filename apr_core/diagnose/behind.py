@@ -21,7 +21,7 @@ from apr_core.model.trace import TracedForward
 from apr_core.rosetta.copies import NoCopyError, copies_of
 from apr_core.rosetta.diff import TensorDiff
 
-OF_COPIES = ("F-GT-001", "F-GT-002", "F-GT-003", "F-GT-007", "F-GT-012")
+OF_COPIES = ("F-GT-001", "F-GT-002", "F-GT-003", "F-GT-007", "F-GT-012", "F-PAR-011")
 _SAID_OF_ANSWERS = "F-LAYOUT-CONTRACT-005"  # judges what a model generates: a healthy gate may refute it
 
 
@@ -37,11 +37,11 @@ def explain_behind(path: Path, symptom: Evidence | None, backend: TracedForward 
     """
     chain.ask("Is it the file?", "no: nothing in it needs an explanation")
     claim = symptom.id if symptom is not None else ""
-    if backend is not None or claim.startswith("F-PAR"):
-        return _backend(path, backend, chain)
     if claim in OF_COPIES:
         with closing(obtain(str(path), device="cpu")) as subject:
             return explain_copies(subject, chain)
+    if backend is not None or claim.startswith("F-PAR"):
+        return _backend(path, backend, chain)
     if symptom is not None and claim.startswith("F-THR"):
         return [chain.close(cause) for cause in explain_rate(claim, symptom.rows, symptom.reason)]
     if symptom is not None and symptom.claim["notebook"] == "10_contract_gates" and claim != _SAID_OF_ANSWERS:
@@ -63,7 +63,7 @@ def explain_copies(subject: Subject, chain: Chain) -> list[Cause]:
     """Diagnose our own copies of a healthy subject, as files with it as reference: the first damaged one speaks."""
     copies, own = copies_of(subject), subject.checkpoint
     asked: list[tuple[str, str | None]] = [(container, None) for container in copies.formats]
-    for container, quantize in [*asked, ("gguf", "Q8_0")]:
+    for container, quantize in [*asked, ("gguf", "Q8_0"), ("gguf", "Q4_K_M")]:
         question = f"Is it our {quantize or container} copy?"
         try:
             with open_checkpoint(copies.path(container, quantize)) as copy:
