@@ -164,7 +164,8 @@ def test_a_reference_of_another_architecture_is_refused(plant: Plant) -> None:
 
     def smaller(draft: Draft) -> None:
         for name, values in draft.weights.items():
-            draft.weights[name] = values[tuple(slice(0, n * 3 // 4) for n in values.shape)].copy()
+            if "v_proj.bias" not in name:  # two sizes of a family share the width of their keys and values
+                draft.weights[name] = values[tuple(slice(0, n * 3 // 4) for n in values.shape)].copy()
 
     with pytest.raises(UsageError, match="is of another architecture"):
         explain_failure(plant("metadata"), reference=plant(smaller))
