@@ -458,17 +458,6 @@ def _record_refusal(order: Order) -> None:
         evidence = make_evidence(finding, subject.record, parameters=_injected(order), provenance=provenance.collect())
         evidence = replace(evidence, whys=tuple(explained(evidence)))
         write_evidence(evidence, order.folder / "evidence")
-    _declare_also(order.folder, gates)
-
-
-def _declare_also(folder: Path, gates: Sequence[str]) -> None:
-    import json
-
-    path = folder / "declared.json"
-    body = json.loads(path.read_text(encoding="utf-8"))
-    known = {c["id"] for c in body["claims"]}
-    body["claims"] += [load_claims()[g].as_json() for g in gates if g not in known]
-    path.write_text(json.dumps(body, indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8")
 
 
 def _write_reports(order: Order, status: dict[str, NotebookStatus]) -> Conclusion:
