@@ -178,7 +178,8 @@ def _relation(subject: Checkpoint, reference: Checkpoint) -> str:
         return "the same tensors"
     quantised = [n for n in subject.tensors if _blocked(subject, n) and n in reference.tensors]
     said = f"a legal variant: {shown[0]}, the reference is {shown[1]}"
-    return f"{said}; {_quantiser(subject, reference, quantised[0])}" if quantised else said
+    smallest = min(quantised, key=lambda n: subject.tensors[n].nbytes, default="")
+    return f"{said}; {_quantiser(subject, reference, smallest)}" if smallest else said
 
 
 def _quantiser(subject: Checkpoint, reference: Checkpoint, name: str) -> str:
