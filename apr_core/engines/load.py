@@ -122,7 +122,7 @@ def engine_for(precision: str, device: str) -> Build:
 
     Raises:
         UsageError: An unknown precision or device.
-        Unavailable: None is registered, or the device is not there.
+        Unavailable: None is registered, or its compiler or the device is not there.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"expected a precision of {', '.join(PRECISIONS)}, found {precision!r}")
@@ -140,6 +140,11 @@ def engine_for(precision: str, device: str) -> Build:
             from apr_core.engines.gpu import require_device
 
             require_device(device)
+    elif precision != "reference" and not features.has_numba():
+        raise Unavailable(
+            f"precision {precision} on a processor is compiled by numba, which cannot be imported here",
+            advice="pip install numba, or use precision reference",
+        )
     return ENGINES[precision, device]
 
 
