@@ -230,7 +230,7 @@ def suite(setup: Setup) -> Iterator[Record]:
 def examined(setup: Setup, name: str, validated: ValidatedModel) -> Iterator[Record]:
     """Hold both precisions of a model."""
     ids = np.random.default_rng(SEED).integers(0, validated.geometry.vocab_size, POSITIONS)
-    bench = prepare(validated, Qwen2(validated), ids, ["exact", "speed"])
+    bench = prepare(validated, Qwen2(validated), ids)
     for precision in ("exact", "speed"):
         engine = GpuQwen2(validated, precision, device=setup.device)
         warm(setup, engine, ids)

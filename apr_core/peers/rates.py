@@ -91,23 +91,26 @@ class NativeLlama:
 
     def round(self, threads: int, prompt: list[int], tokens: int) -> Rates:
         """
-        Run llama-bench once.
+        Run llama-bench twice: the prompt, and the tokens behind a prompt of that length, as the candidate makes them.
 
         Raises:
-            InferenceError: It fails, or reports other tests than were asked for.
+            InferenceError: It fails, or reports another test than was asked for.
         """
-        command = [self._binary, "-m", self._model, "-t", threads, "-p", len(prompt), "-n", tokens, "-r", 1]
-        done = subprocess.run(
-            [*map(str, command), "-o", "json"], capture_output=True, text=True, timeout=600, check=False
-        )
-        try:
-            rows = json.loads(done.stdout)
-            read = next(row for row in rows if row["n_prompt"] == len(prompt) and row["n_gen"] == 0)
-            made = next(row for row in rows if row["n_gen"] == tokens and row["n_prompt"] == 0)
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise InferenceError(f"llama-bench gave no result: {done.stderr.strip()[-200:]}") from error
+        read = self._run(threads, n_prompt=len(prompt), n_gen=0, n_depth=0)
+        made = self._run(threads, n_prompt=0, n_gen=tokens, n_depth=len(prompt))
         self.build = f"llama.cpp {read['build_commit']} ({read['build_number']}), {read['n_threads']} threads"
         return Rates(float(read["avg_ts"]), float(made["avg_ts"]), "random")
+
+    def _run(self, threads: int, **sizes: int) -> dict[str, Any]:
+        asked = zip(("-p", "-n", "-d"), sizes.values(), strict=True)
+        command = [self._binary, "-m", self._model, "-t", threads, *(word for pair in asked for word in pair)]
+        done = subprocess.run(
+            [*map(str, command), "-r", "1", "-o", "json"], capture_output=True, text=True, timeout=600, check=False
+        )
+        try:
+            return next(row for row in json.loads(done.stdout) if all(row[k] == n for k, n in sizes.items()))
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise InferenceError(f"llama-bench gave no result: {done.stderr.strip()[-200:]}") from error
 
 
 class BindingsLlama:

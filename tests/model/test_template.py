@@ -124,12 +124,14 @@ EXPLOSIONS = {
 
 
 @pytest.mark.parametrize("name", EXPLOSIONS)
-def test_a_template_that_explodes_is_stopped(name: str) -> None:
-    """Each is stopped by the budget in well under the time limit, with the typed error, before it takes memory."""
-    began = time.monotonic()
+def test_a_template_that_explodes_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is stopped by the budget in less work than the time limit allows, before it takes memory."""
+    allowed = module.MAX_SECONDS
+    monkeypatch.setattr(module, "MAX_SECONDS", 60.0)  # the clock must not stop it first on a busy machine
+    began = time.process_time()
     with pytest.raises(LoadError, match="chat template is unusable"):
         render(EXPLOSIONS[name], MESSAGES)
-    assert time.monotonic() - began < module.MAX_SECONDS
+    assert time.process_time() - began < allowed
 
 
 @pytest.mark.parametrize("name", sorted({"lipsum", *module._REMOVED_FILTERS}))

@@ -14,9 +14,11 @@ from apr_core.errors import InferenceError, Unavailable, UsageError
 from apr_core.peers import llama_cpp, rates
 from apr_core.peers.rates import BindingsLlama, EagerTransformers, NativeLlama, Ollama, fairness, open_peer
 
+_BUILD = {"build_commit": "abc", "build_number": 7, "n_threads": 2}
 ROWS = [
-    {"n_prompt": 4, "n_gen": 0, "avg_ts": 400.0, "build_commit": "abc", "build_number": 7, "n_threads": 2},
-    {"n_prompt": 0, "n_gen": 3, "avg_ts": 30.0, "build_commit": "abc", "build_number": 7, "n_threads": 2},
+    {"n_prompt": 4, "n_gen": 0, "n_depth": 0, "avg_ts": 400.0, **_BUILD},
+    {"n_prompt": 0, "n_gen": 3, "n_depth": 0, "avg_ts": 33.0, **_BUILD},
+    {"n_prompt": 0, "n_gen": 3, "n_depth": 4, "avg_ts": 30.0, **_BUILD},
 ]
 
 
@@ -24,19 +26,21 @@ def _binary(folder: Path, said: str) -> Path:
     """A llama-bench that says what it is told to."""
     (folder / "said.json").write_text(said)
     path = folder / "llama-bench"
-    path.write_text(f'#!/bin/sh\necho "$@" > {folder}/asked\ncat {folder}/said.json\n')
+    path.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\ncat {folder}/said.json\n')
     path.chmod(0o755)
     return path
 
 
 def test_a_native_llama_bench_is_asked_for_one_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own JSON, by the test's size; random prompts, as it draws them."""
+    """Its own JSON, by the test's size; tokens behind a prompt like the candidate's, which an empty cache outruns."""
     monkeypatch.setenv(rates.BENCH_VARIABLE, str(_binary(tmp_path, json.dumps(ROWS))))
     peer = open_peer("llama.cpp", tmp_path / "m.gguf", 1)
     done = peer.round(2, [1, 2, 3, 4], 3)
     assert (done.prefill_tok_s, done.decode_tok_s, done.prompt) == (400.0, 30.0, "random")
     assert peer.build == "llama.cpp abc (7), 2 threads"
-    assert (tmp_path / "asked").read_text().split() == f"-m {tmp_path}/m.gguf -t 2 -p 4 -n 3 -r 1 -o json".split()
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        f"-m {tmp_path}/m.gguf -t 2 {sizes} -r 1 -o json" for sizes in ("-p 4 -n 0 -d 0", "-p 0 -n 3 -d 4")
+    ]
     with pytest.raises(InferenceError, match="no result"):
         peer.round(2, [1, 2], 3)
 
