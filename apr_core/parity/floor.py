@@ -155,7 +155,9 @@ def path(ids: NDArray[np.int64], prompt: int, start: int = 0) -> Run:
 
 
 def _distance(truth: Trace, other: Trace) -> dict[str, float]:
-    return {name: parity.required_tolerance for name, parity in compare(truth, other).names.items()}
+    # Zeros are compared with nothing and have no rounding: without a floor of their own their limit would be missing.
+    found = {name: parity.required_tolerance for name, parity in compare(truth, other).names.items()}
+    return dict.fromkeys(truth, 0.0) | found
 
 
 @contextmanager

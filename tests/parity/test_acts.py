@@ -203,6 +203,15 @@ def test_one_forward_on_both_sides_is_inconclusive(subject: Subject) -> None:
         assert "both sides are the plain forward" in finding.judge()[1]
 
 
+def test_a_model_of_zeros_shows_nothing(tmp_path: Path) -> None:
+    """Zeros on both sides are no agreement, and no crash: they have no rounding that a limit could be made of."""
+    weights = write_tiny(tmp_path) / "model.safetensors"
+    save_file({name: 0 * values for name, values in load_file(weights).items()}, weights)
+    zeros = obtain(str(tmp_path), device="cpu", skip_contract=True)
+    found = {claim: verdict(ACTS[claim](zeros)) for claim in ("F-PAR-001", "F-PAR-003", "F-PAR-004", "F-PAR-005")}
+    assert set(found.values()) == {Verdict.INCONCLUSIVE}, found
+
+
 def test_few_positions_are_inconclusive(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stimulus of 40 positions shows neither cache nor mask long enough."""
     monkeypatch.setattr(acts, "POSITIONS", 40)
