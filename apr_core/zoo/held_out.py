@@ -68,11 +68,16 @@ def _offset_seven(values: Values, _: Draft) -> Values:
     return decoded
 
 
-def _five_bits(values: Values, _: Draft) -> Values:
-    blocks = values.reshape(-1, 32)
-    step = np.abs(blocks).max(axis=1, keepdims=True) / 15
-    coarse: Values = (np.round(blocks / step) * step).reshape(values.shape)
-    return coarse
+def _runs(width: int, steps: int) -> Edit:
+    """Round runs of a width to so many steps of their largest magnitude."""
+
+    def change(values: Values, _: Draft) -> Values:
+        blocks = values.reshape(-1, width)
+        step = np.abs(blocks).max(axis=1, keepdims=True) / steps
+        rounded: Values = (np.round(blocks / step) * step).reshape(values.shape)
+        return rounded
+
+    return change
 
 
 def _heads_of_columns(values: Values, draft: Draft) -> Values:
@@ -217,14 +222,6 @@ def _one_scale(values: Values, _: Draft) -> Values:
     return rounded
 
 
-def _wide_blocks(values: Values, _: Draft) -> Values:
-    """Round runs of 128 to four bits by their largest magnitude."""
-    blocks = values.reshape(-1, 128)
-    step = np.abs(blocks).max(axis=1, keepdims=True) / 7
-    rounded: Values = (np.round(blocks / step) * step).reshape(values.shape)
-    return rounded
-
-
 def _no_small(values: Values, _: Draft) -> None:
     values[np.abs(values) < 2.0**-9] = 0
 
@@ -301,7 +298,7 @@ HELD_OUT: tuple[Defect, ...] = (
     _file("held-offset-seven", "codec", "4-bit codes are decoded with an offset of 7",
           _by(_offset_seven, f"{L0}mlp.gate_proj.weight")),
     _file("held-five-bits", "codec", "an 8-bit GGUF whose v_proj had been of five bits",
-          stored_in("gguf", "Q8_0", On(f"{L1}self_attn.v_proj.weight", _five_bits))),
+          stored_in("gguf", "Q8_0", On(f"{L1}self_attn.v_proj.weight", _runs(32, 15)))),
     _file("held-eighths", "numerics", "o_proj went through an 8-bit float",
           _by(_eighths, f"{L1}self_attn.o_proj.weight")),
     _file("held-clipped", "numerics", "the largest percent of up_proj is clipped",
@@ -339,7 +336,7 @@ UNSEEN: tuple[Defect, ...] = (
     _file("unseen-columns-zero", "missing-data", "each fourth column of o_proj is zero",
           _by(lambda v, _: v.__setitem__((slice(None), slice(None, None, 4)), 0), f"{L1}self_attn.o_proj.weight")),
     _file("unseen-wide-blocks", "codec", "gate_proj was of four bits in runs of 128",
-          _by(_wide_blocks, f"{L1}mlp.gate_proj.weight")),
+          _by(_runs(128, 7), f"{L1}mlp.gate_proj.weight")),
     _file("unseen-one-scale", "codec", "k_proj was of 8 bits by one scale",
           _by(_one_scale, f"{L0}self_attn.k_proj.weight")),
     _file("unseen-small-flushed", "numerics", "small values of up_proj are zero",

@@ -45,7 +45,8 @@ def _minima_for_scales(blocks: Bytes) -> None:
     blocks[:, 12:16] = (blocks[:, 12:16] << 4) | (blocks[:, 12:16] >> 4)
 
 
-def _nibbles_swapped(blocks: Bytes) -> None:
+def nibbles_swapped(blocks: Bytes) -> None:
+    """Let low and high nibbles of Q4_K change places."""
     blocks[:, 16:] = (blocks[:, 16:] << 4) | (blocks[:, 16:] >> 4)
 
 
@@ -114,7 +115,7 @@ DEFECTS: tuple[Defect, ...] = (
     *family("k-quant-encoder", "codec", "peers Q1", _KILLERS,
         Row("q4k-scale-bits-lost", "half of the six-bit scales lost their upper bits", _stored(_upper_bits_lost)),
         Row("q4k-scales-swapped", "six-bit scales and minima changed places", _stored(_minima_for_scales)),
-        Row("q4k-nibbles-swapped", "low and high nibbles of Q4_K changed places", _stored(_nibbles_swapped)),
+        Row("q4k-nibbles-swapped", "low and high nibbles of Q4_K changed places", _stored(nibbles_swapped)),
         Row("q4k-one-scale", "one scale for the eight sub-blocks, and no search",
             _stored(_one_scale), source="peers Q4"),
         alone="every scale is finite, and the values are ones that a trained model can have"),

@@ -23,6 +23,7 @@ from apr_core.formats.gguf import write_gguf
 from apr_core.model.vocabulary import QWEN2_PRE_TOKENIZER
 from apr_core.zoo.draft import Draft
 from apr_core.zoo.edits import companion
+from apr_core.zoo.k_quants import nibbles_swapped
 from apr_core.zoo.registry import Defect, NotApplicable, Recipe, Tamper
 
 TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
@@ -454,30 +455,24 @@ def _unsigned(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return blocks
 
 
-def _of_q4_k(edit: Callable[[NDArray[np.uint8]], Any]) -> Edit:
+def _of_q4_k(edit: Callable[[NDArray[np.uint8]], None]) -> Edit:
     """Change the blocks of Q4_K tensors, [blocks, 144]: two float16 scales, 12 bytes of six-bit ones, 128 of codes."""
 
     def change(_: Json, tensors: Tensors) -> None:
         for name, (dtype, shape, data) in tensors.items():
             if dtype.name == "Q4_K":
-                tensors[name] = (dtype, shape, np.ascontiguousarray(edit(data.reshape(-1, 144).copy())).reshape(-1))
+                edit(blocks := data.reshape(-1, 144).copy())
+                tensors[name] = (dtype, shape, blocks.reshape(-1))
 
     return change
 
 
-def _no_minimum(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _no_minimum(blocks: NDArray[np.uint8]) -> None:
     blocks[:, 2:4] = 0
-    return blocks
 
 
-def _nibbles(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    blocks[:, 16:] = blocks[:, 16:] << 4 | blocks[:, 16:] >> 4
-    return blocks
-
-
-def _next_scales(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _next_scales(blocks: NDArray[np.uint8]) -> None:
     blocks[:, 4:16] = np.roll(blocks[:, 4:16], 1, axis=0)
-    return blocks
 
 
 def _backwards(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -885,7 +880,7 @@ DEFECTS: tuple[Defect, ...] = (
         ("q4-minimum-lost", "the Q4_K file has lost its minima", "peers K2", "F-PAR-011",
          _tamper(_of_q4_k(_no_minimum), "Q4_K_M")),
         ("q4-nibbles", "the nibbles of each byte of the Q4_K file are exchanged", "peers Q1", "F-PAR-011",
-         _tamper(_of_q4_k(_nibbles), "Q4_K_M")),
+         _tamper(_of_q4_k(nibbles_swapped), "Q4_K_M")),
         ("q4-scales-shifted", "the Q4_K file has the scales of the block before", "llama.cpp 27007", "F-PAR-011",
          _tamper(_of_q4_k(_next_scales), "Q4_K_M")),
         alone=_ASKED,
