@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from importlib import import_module
 from typing import Any
 
 from apr_core.cli.output import note, show, show_json, show_table
 from apr_core.engines.subject import Subject, obtain
 from apr_core.errors import AprError, Exit
 from apr_core.falsify.claims import Claim, claims_of
-from apr_core.falsify.finding import ACTS, Finding
+from apr_core.falsify.finding import ACTS, Finding, load_acts
 from apr_core.falsify.verdict import Verdict
 
 # In the order of the gates: is it admitted, is it fed and answering as it should, does it compute what others compute.
 # Throughput is a measurement of its own (`apr suite --only 30`).
-ROOMS = {"10_contract_gates": "zoo", "00_ground_truth": "rosetta", "20_parity": "parity"}
+NOTEBOOKS = ("10_contract_gates", "00_ground_truth", "20_parity")
 
 
 def examine(model: str, *, reference: str = "", device: str = "auto", skip_contract: bool = False) -> dict[str, Any]:
@@ -40,9 +39,8 @@ def examine(model: str, *, reference: str = "", device: str = "auto", skip_contr
     asked = frozenset({"cuda"} & {device} | ({"reference"} if reference else set()))
     try:
         gates = []
-        for notebook, room in ROOMS.items():
-            import_module(f"apr_core.{room}.acts")
-            import_module("apr_core.bench.release")  # of notebook 20, above its room
+        for notebook in NOTEBOOKS:
+            load_acts(notebook)
             for claim in claims_of(notebook):
                 gates.append(_attempt(claim, subject, asked))
                 note(f"{claim.id} {gates[-1]['verdict']}")

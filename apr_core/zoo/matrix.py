@@ -33,11 +33,12 @@ import numpy as np
 
 from apr_core import provenance
 from apr_core.contract.admit import admit
+from apr_core.diagnose import behind
 from apr_core.engines.subject import Subject, obtain, resolve_model
 from apr_core.engines.wrap import Hook, wrap
 from apr_core.errors import AprError, ContractViolation, UsageError
 from apr_core.falsify.claims import claims_of, load_claims
-from apr_core.falsify.finding import ACTS
+from apr_core.falsify.finding import ACTS, load_acts
 from apr_core.falsify.verdict import Verdict
 from apr_core.model.config import Qwen2Config
 from apr_core.rosetta.copies import tampered
@@ -46,7 +47,7 @@ from apr_core.zoo.registry import Benign, Defect, NotApplicable, Zoo, load_zoo
 from apr_core.zoo.score import BEYOND_THE_FILE, CRASH, PREFLIGHT, Judged, Matrix, Outcome
 
 # In the order of work: gates read what is measured already, conversation and parity follow, the meter comes last.
-ROOMS = {"10_contract_gates": "zoo", "00_ground_truth": "rosetta", "20_parity": "parity", "30_throughput": "bench"}
+NOTEBOOKS = ("10_contract_gates", "00_ground_truth", "20_parity", "30_throughput")
 TIMED = "30_throughput"
 # Claims that make six files more and run them: asked only where a defect is of those.
 RELEASE = frozenset({"F-PAR-011", "F-PAR-012"})
@@ -55,7 +56,7 @@ RELEASE = frozenset({"F-PAR-011", "F-PAR-012"})
 OF_THE_GATES = frozenset({"F-BENIGN-001", "F-ADMIT-001"})
 # The only claims that look at copies, and the one of them that runs no forward of the subject: what an item cannot
 # reach is judged on the healthy file once per process.
-OF_COPIES = frozenset({"F-GT-001", "F-GT-002", "F-GT-003", "F-GT-007", "F-GT-012", "F-PAR-011"})
+OF_COPIES = frozenset(behind.OF_COPIES)
 OF_COPIES_ALONE = "F-GT-007"
 # Free-running comparisons keep the length that `apr qa` and the notebooks use: nothing is cut for speed.
 NEW_TOKENS = 64
@@ -82,9 +83,8 @@ class Stand:
 @cache
 def stand_for(model: Path) -> Stand:
     """Take the healthy model apart once per process."""
-    for room in ROOMS.values():
-        import_module(f"apr_core.{room}.acts")
-    import_module("apr_core.bench.release")
+    for notebook in NOTEBOOKS:
+        load_acts(notebook)
     reference = obtain(str(model), device="cpu", max_new_tokens=NEW_TOKENS)
     folder = Path(tempfile.mkdtemp(prefix="healthy-", dir=_own_folder()))
     return Stand(mark(reference), reference, put_together(mark(reference), folder / "again"))
@@ -117,7 +117,7 @@ def claims_for(item: Defect | Benign) -> tuple[str, ...]:
     kills = set(item.kills) if isinstance(item, Defect) else set[str]()
     timed = any(k.startswith("F-THR") for k in kills)
     alone = isinstance(item, Benign) and (item.twin or item.alone)
-    claims = [c for notebook in ROOMS if notebook != TIMED or timed for c in claims_of(notebook)]
+    claims = [c for notebook in NOTEBOOKS if notebook != TIMED or timed for c in claims_of(notebook)]
     claims = [c for c in claims if c.id not in RELEASE or RELEASE & kills]
     return tuple(c.id for c in claims if not (alone and BEYOND_THE_FILE & set(c.needs)))
 

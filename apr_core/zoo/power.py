@@ -12,7 +12,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from apr_core.contract.admit import admit
 from apr_core.engines.subject import Subject, obtain, resolve_model
 from apr_core.falsify.claims import load_claims
-from apr_core.falsify.finding import ACTS
+from apr_core.falsify.finding import ACTS, load_acts
 from apr_core.falsify.verdict import Verdict
 from apr_core.zoo.draft import Draft, put_together, take_apart
 from apr_core.zoo.registry import Recipe
@@ -36,7 +35,6 @@ SEVERITIES: Mapping[str, Sequence[float]] = {
 CLAIMS = ("F-DATA-QUALITY-001", "F-DATA-QUALITY-003", "F-GT-006", "F-GT-008", "F-GT-010", "F-PAR-008", "F-PAR-009")
 # What needs no forward: for notebook 10.
 QUICK = ("F-DATA-QUALITY-001", "F-DATA-QUALITY-003", "F-GT-010")
-_ROOMS = {"00_ground_truth": "rosetta", "10_contract_gates": "zoo", "20_parity": "parity"}
 
 
 def draw(kind: str, severity: float, seed: int) -> Recipe:
@@ -116,7 +114,7 @@ def power(
     Cost: on one core, 40 draws on pygmy take about 25 s with all claims and 2 s with ``QUICK``.
     """
     for claim in claims:
-        import_module(f"apr_core.{_ROOMS[load_claims()[claim].notebook]}.acts")
+        load_acts(load_claims()[claim].notebook)
     reference = obtain(str(resolve_model(str(model))), device="cpu")
     healthy = take_apart(reference.checkpoint)
     grid = [(k, s) for k in kinds for s in severities[k]]

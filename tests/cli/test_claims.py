@@ -45,8 +45,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, Finding | E
 
     def use(given: Mapping[str, Finding | Exception]) -> None:
         acts = {claim: _act(given.get(claim, _good(claim)), claim) for claim in PARITY}
-        monkeypatch.setattr(qa, "ROOMS", {"20_parity": "zoo"})
-        monkeypatch.setattr(qa, "import_module", lambda _: None)
+        monkeypatch.setattr(qa, "NOTEBOOKS", ("20_parity",))
+        monkeypatch.setattr(qa, "load_acts", lambda _: None)
         monkeypatch.setattr(qa, "ACTS", acts)
 
     return use
@@ -138,7 +138,7 @@ def test_a_refused_model_is_5(
 ) -> None:
     """With the real measurements the gate is falsified, and claims about the model's answers are not run."""
     chosen = ("F-DATA-QUALITY-002", PARITY[0])
-    monkeypatch.setattr(qa, "ROOMS", {"10_contract_gates": "zoo", "20_parity": "parity"})
+    monkeypatch.setattr(qa, "NOTEBOOKS", ("10_contract_gates", "20_parity"))
     monkeypatch.setattr(qa, "claims_of", lambda notebook: [c for c in claims_of(notebook) if c.id in chosen])
     assert main(["qa", str(refused), "--claims", "--json"]) == 5
     body = json.loads(capsys.readouterr().out)
@@ -149,9 +149,7 @@ def test_a_refused_model_is_5(
 
 def test_every_room_of_qa_measures_its_claims() -> None:
     """The rooms that qa imports register a measurement for each claim of their notebook."""
-    from importlib import import_module
-
-    for notebook, room in qa.ROOMS.items():
-        import_module(f"apr_core.{room}.acts")
+    for notebook in qa.NOTEBOOKS:
+        qa.load_acts(notebook)
         missing = [claim.id for claim in claims_of(notebook) if claim.id not in qa.ACTS]
-        assert missing == [], room
+        assert missing == [], notebook
