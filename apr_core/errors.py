@@ -50,6 +50,11 @@ class AprError(Exception):
         self.message = message
         self.advice = advice
 
+    @property
+    def line(self) -> str:
+        """The message on one line, for the cell of a table."""
+        return " ".join(self.message.split())
+
 
 def printable(text: str) -> str:
     """Escape what is not printable: a tensor name from a file must not move a terminal's cursor."""

@@ -375,11 +375,7 @@ def streamed(setup: Setup, validated: ValidatedModel, shape: str, ids: Any) -> R
 
 def llama_bench(shape: str, dtype: str, setup: Setup) -> Iterator[Record]:
     """Ask llama.cpp's own benchmark, when it is on the PATH, for the same file: all layers on the device."""
-    name, tool, file = (
-        f"{shape}-{dtype}-llama.cpp",
-        shutil.which("llama-bench"),
-        setup.scratch / f"{shape}-{dtype}.gguf",
-    )
+    name, tool, file = f"{shape}-{dtype}-llama.cpp", shutil.which("llama-bench"), file_of(setup, shape, dtype)
     if tool is None:
         yield Record(name, Verdict.NOT_RUN, "no llama-bench on the PATH")
         return

@@ -20,14 +20,12 @@ import numpy as np
 
 from apr_core.contract.admit import admit
 from apr_core.engines.cuda import attest
-from apr_core.engines.load import build, fastest_precision
+from apr_core.engines.load import build, fastest_precision, has_compiler
 from apr_core.engines.subject import Subject
 from apr_core.errors import ContractViolation, FormatError, LoadError
 from apr_core.falsify.evidence import Evidence
 from apr_core.falsify.finding import Finding, act
 from apr_core.falsify.verdict import NotRun, Verdict
-from apr_core.kernels.cpu import features
-from apr_core.kernels.gpu import has_triton
 from apr_core.model.trace import TracedForward
 from apr_core.parity.acts import floor
 from apr_core.parity.compare import LOGITS
@@ -145,7 +143,7 @@ def _files(subject: Subject) -> Iterator[tuple[Release, Path | str]]:
             else:
                 made[release.name] = copies.path(release.format, release.quantize)
         except NoCopyError as error:
-            made[release.name] = f"no such file can be made: {' '.join(error.message.split()):.200}"
+            made[release.name] = f"no such file can be made: {error.line:.200}"
         yield release, made[release.name]
 
 
@@ -157,7 +155,7 @@ def _cell(subject: Subject, path: Path, device: str) -> Row:
         with closing(copy):
             return _judged(subject, copy, device)
     except (FormatError, ContractViolation, LoadError) as error:
-        return {"verdict": str(Verdict.FALSIFIED), "reason": f"{' '.join(error.message.split()):.250}"}
+        return {"verdict": str(Verdict.FALSIFIED), "reason": f"{error.line:.250}"}
 
 
 def _judged(subject: Subject, copy: Subject, device: str) -> Row:
@@ -191,7 +189,7 @@ def _strict(subject: Subject, copy: Subject, device: str) -> TracedForward:
     Without a compiler that is the torch forward; of the subject's own file it would be held against itself, so there
     the independent numpy forward stands in.
     """
-    if has_triton() if device == "cuda" else features.has_numba():
+    if has_compiler(device):
         return build(copy.admission, device=device, precision="exact")
     if device == "cpu" and copy.checkpoint.content_hash == subject.checkpoint.content_hash:
         return copy.plain
@@ -217,7 +215,7 @@ def format_rows(subject: Subject) -> list[Row]:
     try:
         runs = copies.runs(subject)
     except NoCopyError as error:
-        return [{"format": "none", "logits": f"no copy can be made: {' '.join(error.message.split()):.200}"}]
+        return [{"format": "none", "logits": f"no copy can be made: {error.line:.200}"}]
     rows: list[Row] = []
     for run in runs:
         diff, worst = copies.diffs[run.format], float(run.rel_l2.max(initial=0.0))
@@ -246,16 +244,16 @@ def quantised(subject: Subject) -> Finding:
             path = copies_of(subject).path("gguf", recipe)
             found = load_copy(path, subject).forward(ids)
         except (NoCopyError, FormatError, ContractViolation) as error:
-            rows.append({"recipe": recipe, "order": f"not made: {' '.join(error.message.split()):.120}"})
+            rows.append({"recipe": recipe, "order": f"not made: {error.line:.120}"})
             continue
         seen = compare_logits(truth, found, QUANTISED_TAU)
         order = "" if finer is None else is_rung(finer, seen)[1] or "costs no less than the finer one"
         finer = seen
         flips = {"decisive flips": len(seen.decisive_flips), "near-tie flips": len(seen.near_tie_flips)}
         rows.append({"recipe": recipe, "kl_mean": seen.kl_mean, "kl_max": seen.kl_max, **flips, "order": order})
-        arrays |= flip_arrays(seen)
         if recipe != LADDER[0]:  # at the level of float32 rounding, decades below the others
             arrays[f"kl_{recipe}"] = seen.kl
         if recipe in (LADDER[0], LADDER[-1]):
             arrays[f"logits_{recipe}"] = found.reshape(-1)[chosen]
+    arrays |= flip_arrays(finer) if finer is not None else {}
     return Finding(None, ids.size, ids.size, rows=rows, arrays=arrays, detail="The subject rounded to coarser types")

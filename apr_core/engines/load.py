@@ -140,7 +140,7 @@ def engine_for(precision: str, device: str) -> Build:
             from apr_core.engines.gpu import require_device
 
             require_device(device)
-    elif precision != "reference" and not features.has_numba():
+    elif precision != "reference" and not has_compiler(device):
         raise Unavailable(
             f"precision {precision} on a processor is compiled by numba, which cannot be imported here",
             advice="pip install numba, or use precision reference",
@@ -150,8 +150,12 @@ def engine_for(precision: str, device: str) -> Build:
 
 def fastest_precision(device: str) -> str:
     """Return what ``auto`` means on a device: ``speed`` where such an engine and its compiler are here."""
-    compiler = has_triton() if device == "cuda" else features.has_numba()
-    return "speed" if ("speed", device) in ENGINES and compiler else "reference"
+    return "speed" if ("speed", device) in ENGINES and has_compiler(device) else "reference"
+
+
+def has_compiler(device: str) -> bool:
+    """Say whether what compiles the engines of a device is installed: triton for ``cuda``, else numba."""
+    return has_triton() if device == "cuda" else features.has_numba()
 
 
 class Engines(dict[tuple[str, str], Build]):

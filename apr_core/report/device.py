@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from apr_core.errors import FormatError
-from apr_core.report.display import Shown, compose
+from apr_core.report.display import Shown, compose, together
 
 FOLDER = Path(__file__).resolve().parents[2] / "reports" / "gpu"
 _RATES = (
     "decode_tok_s", "roofline_tok_s", "eager_decode_tok_s", "prefill_tok_s", "share_of_read_bandwidth", "figure_tok_s",
     "rel_l2", "top1_agreement", "torch_equal",
 )  # fmt: skip
+
+
+_NONE = "No evidence from a device: none has been imported into reports/gpu."
 
 
 def show_device(folder: Path = FOLDER) -> Shown:
@@ -32,9 +33,8 @@ def show_device(folder: Path = FOLDER) -> Shown:
     every = list(_records(folder))
     records = [r for r in every if r["part"] == "models" and "decode_tok_s" in r["measured"]]
     if not records:
-        return compose(["No evidence from a device: none has been imported into reports/gpu."])
-    about = sorted({f"{r.get('device_name', r['device'])}, commit {r['provenance']['commit']}" for r in records})
-    said = [f"Imported from {'; '.join(about)}", "not measured by this run"]
+        return compose([_NONE])
+    said = [_origin(records), "not measured by this run"]
     if any(r["device"] == "cpu" for r in records):
         said.append("a rehearsal on the CPU: rates of an interpreter, which say nothing about a device")
     bandwidth = next((r["measured"]["read_gb_s"] for r in every if r["part"] == "ceilings"), None)
@@ -52,7 +52,7 @@ def show_device(folder: Path = FOLDER) -> Shown:
         (["Predicted against measured"], [row for r in every if r["part"] == "figures" for row in r["rows"]]),
     ]
     shown = [compose(lines, table) for lines, table in tables if table]
-    return Shown(Markup().join(one.html for one in shown), "\n".join(one.text for one in shown))
+    return together(shown)
 
 
 def show_imported(folder: Path = FOLDER) -> Shown:
@@ -67,15 +67,19 @@ def show_imported(folder: Path = FOLDER) -> Shown:
     """
     records = list(_records(folder))
     if not records:
-        return compose(["No evidence from a device: none has been imported into reports/gpu."])
-    about = sorted({f"{r.get('device_name', r['device'])}, commit {r['provenance']['commit']}" for r in records})
+        return compose([_NONE])
     kept = ("part", "name", "verdict")
     rows = [
         {k: r[k] for k in kept}
         | {"rel_l2": r["measured"].get("parity", {}).get("required_tolerance"), "reason": r.get("reason")}
         for r in records
     ]
-    return compose([f"Imported from {'; '.join(about)}", "not measured by this run, no part of its verdict"], rows)
+    return compose([_origin(records), "not measured by this run, no part of its verdict"], rows)
+
+
+def _origin(records: Sequence[Mapping[str, Any]]) -> str:
+    about = {f"{r.get('device_name', r['device'])}, commit {r['provenance']['commit']}" for r in records}
+    return f"Imported from {'; '.join(sorted(about))}"
 
 
 def _records(folder: Path) -> Iterator[Mapping[str, Any]]:

@@ -123,7 +123,7 @@ def show_diagnosis(diagnosis: Diagnosis) -> Shown:
     proved = ("measured", "proved by repair")
     parts = [compose([f"{c.klass}: {c.place} ({proved[c.proved]})"], whys=c.whys) for c in diagnosis.causes]
     shown = [compose(head), *parts]
-    return Shown(Markup("").join(p.html for p in shown), "\n".join(p.text for p in shown))
+    return together(shown)
 
 
 def show_evidence(evidence: Evidence) -> Shown:
@@ -163,7 +163,7 @@ def show_whys(round_: Round) -> Shown:
     ]
     if not parts:
         return compose(["No claim of this round is falsified: there is nothing to explain."])
-    return Shown(Markup("").join(p.html for p in parts), "\n".join(p.text for p in parts))
+    return together(parts)
 
 
 def show_rounds(records: Sequence[Mapping[str, Any]]) -> Shown:
@@ -178,7 +178,7 @@ def show_rounds(records: Sequence[Mapping[str, Any]]) -> Shown:
         compose([f"{len(records)} root causes, each diagnosed on a planted twin"], rows),
         *(compose(lines, whys=r["whys"]) for lines, r in zip(said, records, strict=True)),
     ]
-    return Shown(Markup("").join(p.html for p in parts), "\n".join(p.text for p in parts))
+    return together(parts)
 
 
 def show_provenance(round_: Round) -> Shown:
@@ -276,6 +276,11 @@ def compose(
         html += whys_html(whys, links)
     text = [first, *rest, *([_text_table(rows)] if rows else [])]
     return Shown(html, "\n".join([*text, *(f"  {i}. {clean(q)} {clean(a)}" for i, (q, a) in enumerate(whys, 1))]))
+
+
+def together(parts: Sequence[Shown]) -> Shown:
+    """Put displays under each other."""
+    return Shown(Markup("").join(p.html for p in parts), "\n".join(p.text for p in parts))
 
 
 def _scrolled(inner: Markup, rows: int) -> Markup:

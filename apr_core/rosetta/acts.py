@@ -47,7 +47,7 @@ def _of_copies(measure: Callable[[Subject], Finding]) -> Callable[[Subject], Fin
         try:
             return measure(subject)
         except NoCopyError as error:
-            return Finding(None, 0, 0, inconclusive=f"no copy can be made: {' '.join(error.message.split()):.200}")
+            return Finding(None, 0, 0, inconclusive=f"no copy can be made: {error.line:.200}")
 
     return attempt
 
@@ -239,7 +239,7 @@ def golden_answers_survive_q8_0(subject: Subject) -> Finding:
         return answers(subject, load_copy(path, subject), "the recorded answers, asked of a Q8_0 copy")
     except (FormatError, ContractViolation, LoadError) as error:
         count = len((subject.golden or {"cases": []})["cases"])
-        refusal = " ".join(error.message.split())[:300]
+        refusal = error.line[:300]
         return Finding(float(count), count, count, whys=[("Why does the Q8_0 copy not run?", refusal)])
     finally:
         path.unlink()

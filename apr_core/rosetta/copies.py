@@ -86,14 +86,7 @@ class Copies:
             NoCopyError: The container cannot hold the subject, for instance its tokenizer.
         """
         target = named(self.folder / (quantize or "keep"), format)
-        if not target.exists():
-            try:
-                asked = quantize or lossless(self._checkpoint, format)
-                convert(self._checkpoint, target, quantize=asked, bare=True)
-            except (LoadError, UsageError) as error:
-                raise NoCopyError(error.message, advice=error.advice) from error
-            _after_writing.get()(target)
-        return target
+        return self._written(target, self._checkpoint, lambda: quantize or lossless(self._checkpoint, format))
 
     def onward(self, source: Path, format: str, quantize: str | None = None) -> Path:
         """
@@ -102,10 +95,15 @@ class Copies:
         Raises:
             NoCopyError: The container cannot hold it.
         """
-        target = named(self.folder / f"{quantize or 'keep'}-of-{source.name}", format)
+        return self._written(
+            named(self.folder / f"{quantize or 'keep'}-of-{source.name}", format), source, lambda: quantize
+        )
+
+    def _written(self, target: Path, source: Checkpoint | Path, recipe: Callable[[], str | None]) -> Path:
+        """Convert, unless it has been done already."""
         if not target.exists():
             try:
-                convert(source, target, quantize=quantize, bare=True)
+                convert(source, target, quantize=recipe(), bare=True)
             except (LoadError, UsageError) as error:
                 raise NoCopyError(error.message, advice=error.advice) from error
             _after_writing.get()(target)
@@ -123,7 +121,7 @@ class Copies:
                     asked = lossless(self._checkpoint, container)
                     out[container] = typed_as(found, plan(self._checkpoint, path, quantize=asked).types)
             except FormatError as error:  # a copy that does not open holds none of the tensors
-                out[container] = unreadable(self._checkpoint, " ".join(error.message.split())[:300])
+                out[container] = unreadable(self._checkpoint, error.line[:300])
         return out
 
     def witnessed(self, format: str) -> Witnessed | None:
@@ -159,7 +157,7 @@ class Copies:
         except (FormatError, ContractViolation, LoadError) as error:
             # A copy of an admitted model that is refused is a finding about the copy, not a crash of the notebook.
             nothing = np.full(len(own), np.nan)
-            return CopyRun(container, nothing, 0.0, 0, ((),) * len(prompts), " ".join(error.message.split())[:300])
+            return CopyRun(container, nothing, 0.0, 0, ((),) * len(prompts), error.line[:300])
         logits = model.forward(stimulus.ids)
         return CopyRun(
             container,

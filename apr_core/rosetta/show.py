@@ -32,7 +32,7 @@ def _shown(measure: Callable[[Subject], Finding]) -> Callable[[Subject], Finding
         try:
             return measure(subject)
         except AprError as error:
-            return Finding(None, 0, 0, inconclusive=" ".join(error.message.split())[:300])
+            return Finding(None, 0, 0, inconclusive=error.line[:300])
 
     return attempt
 

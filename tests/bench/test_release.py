@@ -84,7 +84,7 @@ def test_without_a_compiler_no_file_is_held_against_itself(subject: Subject, mon
     """The subject's own file meets the independent forward, any other file torch."""
     chosen = [r for r in release.RELEASES if r.name in ("SafeTensors direct", "SafeTensors F16")]
     monkeypatch.setattr(release, "RELEASES", chosen)
-    monkeypatch.setattr(release.features, "has_numba", lambda: False)
+    monkeypatch.setattr("apr_core.engines.load.features.has_numba", lambda: False)
     found = {row["file"]: (row["engine"], row["verdict"]) for row in release.release_on_cpu(subject).rows}
     assert found == {"SafeTensors direct": ("plain", "CORROBORATED"), "SafeTensors F16": ("torch", "CORROBORATED")}
 
