@@ -299,10 +299,11 @@ class CpuQwen2:
         widest = max(width.values()) // 32
         digits = self._mode.digits
         tiles = np.zeros(rows // TILE * widest * tile_block_bytes(TILE, digits), np.uint8)
-        self._shared = np.zeros(16, np.int64)
+        rounded = np.zeros((rows, max(width.values())) if digits == 1 else 0, np.uint16)
+        self._shared = np.zeros(1 + step.ROPE, np.int64)
         for at, buffer in self._buffers.items():
             self._shared[at] = buffer.ctypes.data
-        self._shared[step.TILES] = tiles.ctypes.data
+        self._shared[step.TILES], self._shared[step.ROUNDED] = tiles.ctypes.data, rounded.ctypes.data
         positions = padded(self.config.max_position_embeddings, 16)
         self._clocks = np.zeros((self._team.size, 1 + len(step.PHASES)), np.int64)
         own: list[list[NDArray[np.generic]]] = [
@@ -317,7 +318,7 @@ class CpuQwen2:
             for thread, clock in enumerate(self._clocks)
         ]
         self._own = [np.array([array.ctypes.data for array in row], np.int64) for row in own]
-        self._alive: Sequence[object] = (tiles, own)
+        self._alive: Sequence[object] = (tiles, rounded, own)
 
 
 def _rotation(config: Qwen2Config, positions: int) -> Floats:

@@ -43,6 +43,26 @@ def instructions() -> frozenset[str]:
     return frozenset(name for name, there in features.items() if there)
 
 
+def multiplies_bf16() -> bool:
+    """Say whether this processor has the dot product of bfloat16 pairs, twice as fast as one in float32."""
+    return "avx512bf16" in instructions()
+
+
+@functools.cache
+def bytes_ahead() -> int:
+    """
+    Return how far ahead of itself a stream of weights asks for memory; 0 where the processor does it well alone.
+
+    Measured, one thread, 700 MB: Zen 5 reads Q4_K at 28 GB/s alone and at 40 with this, Q6_K at 30 and 39, Q5_0 at 34
+    and 40, of 43 that reading alone reaches; on Zen 4 every distance from 1 to 8 kB made each type slower.
+    """
+    if importlib.util.find_spec("llvmlite") is None:
+        return 0
+    from llvmlite import binding
+
+    return 4096 if binding.get_host_cpu_name() == "znver5" else 0
+
+
 @functools.cache
 def has_numba() -> bool:
     """Say whether the compiler is installed; without it there is the reference and nothing faster."""

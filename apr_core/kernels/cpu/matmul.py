@@ -7,6 +7,9 @@ byte dot product does four multiplications where a float instruction does one.
 
 A block of the scratch area of a type with codes, 640 bytes: 512 codes; 16 float32 scales; then 16 more scales (Q6_K,
 whose halves differ) or 16 minima (Q4_K, Q5_K). A column of a float type: 16 float32.
+
+BF16 in `speed` meets activations that are rounded to bfloat16, as llama.cpp has them: the dot product of pairs reads
+its panels as they lie, two panels at a time, which is enough chains to hide its latency.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from apr_core.kernels.cpu.activations import TILE, block_bytes, scale_at, total_
 from apr_core.kernels.cpu.jit import INLINE, JIT
 from apr_core.kernels.cpu.matvec import load_column, part_product, whole_product
 
-SCRATCH = 2048
-"""Bytes of scratch per block of 32 columns; that of a float type is the largest."""
+SCRATCH = 4096
+"""Bytes of scratch per block of 32 columns; those of a float type, for two panels, are the most."""
 _UNPACKED = 640
 
 
@@ -85,13 +88,14 @@ def _unpack_q6_k(mode: vec.Mode, w: int, blocks: int, out: int) -> None:
 
 @njit(**JIT)
 def _unpack_floats(mode: vec.Mode, code: int, w: int, blocks: int, out: int) -> None:
+    if code == 7:
+        for k in range(16 * blocks):
+            pair = vec.load_i32(w + 64 * k)
+            vec.store_f32(out + 128 * k, vec.lower_bf16(pair))
+            vec.store_f32(out + 128 * k + 64, vec.upper_bf16(pair))
+        return
     for k in range(32 * blocks):
-        if code == 6:
-            column = load_column(mode, w + 32 * k, 6)
-        elif code == 7:
-            column = load_column(mode, w + 32 * k, 7)
-        else:
-            column = load_column(mode, w + 64 * k, 8)
+        column = load_column(mode, w + 32 * k, 6) if code == 6 else load_column(mode, w + 64 * k, 8)
         vec.store_f32(out + 64 * k, column)
 
 
@@ -114,42 +118,63 @@ def _add_halves(mode: vec.Mode, w: int, zero: int, x: int, token: int, result: c
     return vec.fma(vec.mul_f32(vec.load_f32(w + 576), scale), second, result)
 
 
+@njit(**INLINE)
+def _zeros() -> codes.Chunks:
+    """The sums of a tile: a vector of 16 rows for each of its tokens."""
+    z = vec.zero_f32()
+    return z, z, z, z, z, z, z, z
+
+
+@njit(**INLINE)
+def _keep_tile(sums: codes.Chunks, out: int, stride: int) -> None:
+    vec.store_f32(out, sums[0])
+    vec.store_f32(out + stride, sums[1])
+    vec.store_f32(out + 2 * stride, sums[2])
+    vec.store_f32(out + 3 * stride, sums[3])
+    vec.store_f32(out + 4 * stride, sums[4])
+    vec.store_f32(out + 5 * stride, sums[5])
+    vec.store_f32(out + 6 * stride, sums[6])
+    vec.store_f32(out + 7 * stride, sums[7])
+
+
 @njit(**JIT)
 def _tile_whole(mode: vec.Mode, w: int, blocks: int, zero: int, x: int, out: int, stride: int) -> None:
     """Eight tokens times one unpacked panel; ``stride`` is the bytes from a token's results to the next one's."""
-    a, b, c, d = vec.zero_f32(), vec.zero_f32(), vec.zero_f32(), vec.zero_f32()
-    e, f, g, h = vec.zero_f32(), vec.zero_f32(), vec.zero_f32(), vec.zero_f32()
+    sums = _zeros()
     for _ in range(blocks):
-        a = _add_whole(mode, w, zero, x, 0, a)
-        b = _add_whole(mode, w, zero, x, 1, b)
-        c = _add_whole(mode, w, zero, x, 2, c)
-        d = _add_whole(mode, w, zero, x, 3, d)
-        e = _add_whole(mode, w, zero, x, 4, e)
-        f = _add_whole(mode, w, zero, x, 5, f)
-        g = _add_whole(mode, w, zero, x, 6, g)
-        h = _add_whole(mode, w, zero, x, 7, h)
+        sums = (
+            _add_whole(mode, w, zero, x, 0, sums[0]),
+            _add_whole(mode, w, zero, x, 1, sums[1]),
+            _add_whole(mode, w, zero, x, 2, sums[2]),
+            _add_whole(mode, w, zero, x, 3, sums[3]),
+            _add_whole(mode, w, zero, x, 4, sums[4]),
+            _add_whole(mode, w, zero, x, 5, sums[5]),
+            _add_whole(mode, w, zero, x, 6, sums[6]),
+            _add_whole(mode, w, zero, x, 7, sums[7]),
+        )
         w += _UNPACKED
         x += block_bytes(TILE, vec.digits_of(mode))
-    _keep_tile(a, b, c, d, e, f, g, h, out, stride)
+    _keep_tile(sums, out, stride)
 
 
 @njit(**JIT)
 def _tile_halves(mode: vec.Mode, w: int, blocks: int, zero: int, x: int, out: int, stride: int) -> None:
     """As `_tile_whole` for Q6_K."""
-    a, b, c, d = vec.zero_f32(), vec.zero_f32(), vec.zero_f32(), vec.zero_f32()
-    e, f, g, h = vec.zero_f32(), vec.zero_f32(), vec.zero_f32(), vec.zero_f32()
+    sums = _zeros()
     for _ in range(blocks):
-        a = _add_halves(mode, w, zero, x, 0, a)
-        b = _add_halves(mode, w, zero, x, 1, b)
-        c = _add_halves(mode, w, zero, x, 2, c)
-        d = _add_halves(mode, w, zero, x, 3, d)
-        e = _add_halves(mode, w, zero, x, 4, e)
-        f = _add_halves(mode, w, zero, x, 5, f)
-        g = _add_halves(mode, w, zero, x, 6, g)
-        h = _add_halves(mode, w, zero, x, 7, h)
+        sums = (
+            _add_halves(mode, w, zero, x, 0, sums[0]),
+            _add_halves(mode, w, zero, x, 1, sums[1]),
+            _add_halves(mode, w, zero, x, 2, sums[2]),
+            _add_halves(mode, w, zero, x, 3, sums[3]),
+            _add_halves(mode, w, zero, x, 4, sums[4]),
+            _add_halves(mode, w, zero, x, 5, sums[5]),
+            _add_halves(mode, w, zero, x, 6, sums[6]),
+            _add_halves(mode, w, zero, x, 7, sums[7]),
+        )
         w += _UNPACKED
         x += block_bytes(TILE, vec.digits_of(mode))
-    _keep_tile(a, b, c, d, e, f, g, h, out, stride)
+    _keep_tile(sums, out, stride)
 
 
 @njit(**JIT)
@@ -166,38 +191,92 @@ def _subtract_minima(mode: vec.Mode, w: int, blocks: int, x: int, out: int, stri
 
 
 @njit(**INLINE)
-def _keep_tile(
-    a: codes.Vector, b: codes.Vector, c: codes.Vector, d: codes.Vector,
-    e: codes.Vector, f: codes.Vector, g: codes.Vector, h: codes.Vector, out: int, stride: int,
-) -> None:  # fmt: skip
-    vec.store_f32(out, a)
-    vec.store_f32(out + stride, b)
-    vec.store_f32(out + 2 * stride, c)
-    vec.store_f32(out + 3 * stride, d)
-    vec.store_f32(out + 4 * stride, e)
-    vec.store_f32(out + 5 * stride, f)
-    vec.store_f32(out + 6 * stride, g)
-    vec.store_f32(out + 7 * stride, h)
+def _add_column(column: codes.Vector, x: int, row: int, sums: codes.Chunks) -> codes.Chunks:
+    """Add one column of 16 rows times one float32 of each token; the tokens lie ``row`` bytes apart."""
+    return (
+        vec.fma(column, vec.broadcast_f32(x), sums[0]),
+        vec.fma(column, vec.broadcast_f32(x + row), sums[1]),
+        vec.fma(column, vec.broadcast_f32(x + 2 * row), sums[2]),
+        vec.fma(column, vec.broadcast_f32(x + 3 * row), sums[3]),
+        vec.fma(column, vec.broadcast_f32(x + 4 * row), sums[4]),
+        vec.fma(column, vec.broadcast_f32(x + 5 * row), sums[5]),
+        vec.fma(column, vec.broadcast_f32(x + 6 * row), sums[6]),
+        vec.fma(column, vec.broadcast_f32(x + 7 * row), sums[7]),
+    )
+
+
+@njit(**INLINE)
+def _add_pair(mode: vec.Mode, pair: codes.Vector, x: int, row: int, sums: codes.Chunks) -> codes.Chunks:
+    """As `_add_column` for two columns of BF16 and two bfloat16 of each token."""
+    return (
+        vec.dot_pairs(mode, sums[0], pair, vec.broadcast_i32(x)),
+        vec.dot_pairs(mode, sums[1], pair, vec.broadcast_i32(x + row)),
+        vec.dot_pairs(mode, sums[2], pair, vec.broadcast_i32(x + 2 * row)),
+        vec.dot_pairs(mode, sums[3], pair, vec.broadcast_i32(x + 3 * row)),
+        vec.dot_pairs(mode, sums[4], pair, vec.broadcast_i32(x + 4 * row)),
+        vec.dot_pairs(mode, sums[5], pair, vec.broadcast_i32(x + 5 * row)),
+        vec.dot_pairs(mode, sums[6], pair, vec.broadcast_i32(x + 6 * row)),
+        vec.dot_pairs(mode, sums[7], pair, vec.broadcast_i32(x + 7 * row)),
+    )
 
 
 @njit(**JIT)
-def _tile_of_floats(w: int, columns: int, x: int, row: int, out: int, stride: int) -> None:
-    """Eight tokens of float32 values, ``row`` bytes apart, times one unpacked panel of floats."""
-    a, b, c, d = vec.zero_f32(), vec.zero_f32(), vec.zero_f32(), vec.zero_f32()
-    e, f, g, h = vec.zero_f32(), vec.zero_f32(), vec.zero_f32(), vec.zero_f32()
+def _tile_of_floats(w: int, other: int, columns: int, x: int, out: int, other_out: int, stride: int) -> None:
+    """Eight tokens of float32 times two unpacked panels of floats."""
+    sums, others, row = _zeros(), _zeros(), 4 * columns
     for _ in range(columns):
-        column = vec.load_f32(w)
-        a = vec.fma(column, vec.broadcast_f32(x), a)
-        b = vec.fma(column, vec.broadcast_f32(x + row), b)
-        c = vec.fma(column, vec.broadcast_f32(x + 2 * row), c)
-        d = vec.fma(column, vec.broadcast_f32(x + 3 * row), d)
-        e = vec.fma(column, vec.broadcast_f32(x + 4 * row), e)
-        f = vec.fma(column, vec.broadcast_f32(x + 5 * row), f)
-        g = vec.fma(column, vec.broadcast_f32(x + 6 * row), g)
-        h = vec.fma(column, vec.broadcast_f32(x + 7 * row), h)
-        w += 64
-        x += 4
-    _keep_tile(a, b, c, d, e, f, g, h, out, stride)
+        sums = _add_column(vec.load_f32(w), x, row, sums)
+        others = _add_column(vec.load_f32(other), x, row, others)
+        w, other, x = w + 64, other + 64, x + 4
+    _keep_tile(sums, out, stride)
+    _keep_tile(others, other_out, stride)
+
+
+@njit(**JIT)
+def _tile_of_pairs(
+    mode: vec.Mode, w: int, other: int, columns: int, x: int, out: int, other_out: int, stride: int
+) -> None:
+    """Eight tokens of bfloat16 times two panels of BF16 as they lie."""
+    sums, others, row = _zeros(), _zeros(), 2 * columns
+    for _ in range(columns // 2):
+        sums = _add_pair(mode, vec.load_i32(w), x, row, sums)
+        others = _add_pair(mode, vec.load_i32(other), x, row, others)
+        w, other, x = w + 64, other + 64, x + 4
+    _keep_tile(sums, out, stride)
+    _keep_tile(others, other_out, stride)
+
+
+@njit(**INLINE)
+def meets_bf16(mode: vec.Mode, code: int) -> bool:
+    """Whether this type meets activations rounded to bfloat16."""
+    return code == 7 and vec.digits_of(mode) == 1
+
+
+@njit(**JIT)
+def _floats(
+    mode: vec.Mode, code: int, w: int, blocks: int, first: int, stop: int, values: int, count: int, scratch: int,
+    out: int, stride: int,
+) -> None:  # fmt: skip
+    """`matmul` of a float type: two panels at a time; an odd last one is met twice, with the same results."""
+    columns, nbytes = 32 * blocks, blocks * (2048 if code == 8 else 1024)
+    as_they_lie = meets_bf16(mode, code)
+    for panel in range(first, stop, 2):
+        second = min(panel + 1, stop - 1)
+        a, b = w + panel * nbytes, w + second * nbytes
+        to, other_to = out + 64 * panel, out + 64 * second
+        if not as_they_lie:
+            _unpack_floats(mode, code, a, blocks, scratch)
+            _unpack_floats(mode, code, b, blocks, scratch + 64 * columns)
+            a, b = scratch, scratch + 64 * columns
+        x = values
+        for _ in range(count):
+            if as_they_lie:
+                _tile_of_pairs(mode, a, b, columns, x, to, other_to, stride)
+                x += TILE * 2 * columns
+            else:
+                _tile_of_floats(a, b, columns, x, to, other_to, stride)
+                x += TILE * 4 * columns
+            to, other_to = to + TILE * stride, other_to + TILE * stride
 
 
 @njit(**JIT)
@@ -226,7 +305,8 @@ def matmul(
         first: First panel.
         stop: Panel behind the last.
         tiles: Address of the quantised tokens in tiles of `TILE` (read by types with codes).
-        values: Address of the tokens, float32 [TILE * count, 32 * blocks] (read by float types).
+        values: Address of the tokens (read by float types): float32 [TILE * count, 32 * blocks], but bfloat16 of that
+            shape where `meets_bf16`.
         count: Tiles.
         scratch: Address of `SCRATCH` * blocks bytes for this thread alone.
         out: Address of float32 [TILE * count, stride / 4]; the columns of these panels are written.
@@ -234,9 +314,11 @@ def matmul(
 
     Exactness: as `matvec`; the float order within a row is the same whatever the number of tokens or threads.
     """
+    if code > 5:
+        _floats(mode, code, w, blocks, first, stop, values, count, scratch, out, stride)
+        return
     units = blocks // 8
     tile_bytes = blocks * block_bytes(TILE, vec.digits_of(mode))
-    row = 128 * blocks
     zero = 128 if code == 0 else 16 if code == 1 else 8 if code == 2 else 0
     for panel in range(first, stop):
         if code == 0:
@@ -249,19 +331,15 @@ def matmul(
             _unpack_super(mode, code, w + panel * units * 2368, blocks, scratch)
         elif code == 4:
             _unpack_super(mode, code, w + panel * units * 2880, blocks, scratch)
-        elif code == 5:
-            _unpack_q6_k(mode, w + panel * units * 3360, blocks, scratch)
         else:
-            _unpack_floats(mode, code, w + panel * blocks * (2048 if code == 8 else 1024), blocks, scratch)
+            _unpack_q6_k(mode, w + panel * units * 3360, blocks, scratch)
         to = out + 64 * panel
         for tile in range(count):
             x = tiles + tile * tile_bytes
             if code == 5:
                 _tile_halves(mode, scratch, blocks, 32, x, to, stride)
-            elif code < 5:
+            else:
                 _tile_whole(mode, scratch, blocks, zero, x, to, stride)
                 if code > 2:
                     _subtract_minima(mode, scratch, blocks, x, to, stride)
-            else:
-                _tile_of_floats(scratch, 32 * blocks, values + TILE * tile * row, row, to, stride)
             to += TILE * stride

@@ -15,9 +15,19 @@ from numba import njit
 
 from apr_core.kernels.cpu import codes, vec
 from apr_core.kernels.cpu.activations import block_bytes, scale_at, sums_at, total_at
+from apr_core.kernels.cpu.features import bytes_ahead
 from apr_core.kernels.cpu.jit import INLINE, JIT
 
 _BASE = np.float32(256)
+_AHEAD = bytes_ahead()
+
+
+@njit(**INLINE)
+def _ask_ahead(w: int, nbytes: int) -> None:
+    """Ask for what stands where this block's successor by `_AHEAD` bytes will be read; ``nbytes`` is a constant."""
+    if _AHEAD > 0:
+        for at in range(0, nbytes, 64):
+            vec.prefetch(w + _AHEAD + at)
 
 
 @njit(**INLINE)
@@ -76,6 +86,7 @@ def _q5_0(mode: vec.Mode, w: int, blocks: int, x: int) -> codes.Vector:
     digits = vec.digits_of(mode)
     result = vec.zero_f32()
     for _ in range(blocks):
+        _ask_ahead(w, 352)
         product = whole_product(mode, codes.five_bits_at(w + 32), 16, x, 1, 0)
         scale = vec.mul_f32(vec.load_f16(mode, w), vec.broadcast_f32(scale_at(x, 1, digits, 0)))
         result = vec.fma(product, scale, result)
@@ -89,6 +100,7 @@ def _q4_0(mode: vec.Mode, w: int, blocks: int, x: int) -> codes.Vector:
     digits = vec.digits_of(mode)
     result = vec.zero_f32()
     for _ in range(blocks):
+        _ask_ahead(w, 288)
         product = whole_product(mode, codes.nibbles_at(w + 32), 8, x, 1, 0)
         scale = vec.mul_f32(vec.load_f16(mode, w), vec.broadcast_f32(scale_at(x, 1, digits, 0)))
         result = vec.fma(product, scale, result)
@@ -107,6 +119,7 @@ def _super_blocks(mode: vec.Mode, w: int, blocks: int, x: int, fifth: bool) -> c
         d, dmin = vec.load_f16(mode, w), vec.load_f16(mode, w + 32)
         w += 64
         for _j in range(8):
+            _ask_ahead(w, 352 if fifth else 288)
             chunks = codes.five_bits_at(w + 32) if fifth else codes.nibbles_at(w + 32)
             scale = vec.mul_f32(vec.to_f32(vec.load_u8(w)), vec.broadcast_f32(scale_at(x, 1, digits, 0)))
             product = vec.fma(whole_product(mode, chunks, 0, x, 1, 0), scale, product)
@@ -138,6 +151,7 @@ def _q6_k(mode: vec.Mode, w: int, blocks: int, x: int) -> codes.Vector:
         d = vec.load_f16(mode, w)
         w += 32
         for _j in range(8):
+            _ask_ahead(w, 416)
             chunks = codes.six_bits_at(w + 32)
             scale = vec.broadcast_f32(scale_at(x, 1, digits, 0))
             first = vec.mul_f32(part_product(mode, chunks, 32, 0, x, 1, 0), vec.to_f32(vec.load_i8(w)))
@@ -151,12 +165,8 @@ def _q6_k(mode: vec.Mode, w: int, blocks: int, x: int) -> codes.Vector:
 
 @njit(**INLINE)
 def load_column(mode: vec.Mode, w: int, kind: int) -> codes.Vector:
-    """One column of a panel of floats; ``kind`` 6 is F16, 7 BF16, 8 F32, a constant."""
-    if kind == 6:
-        return vec.load_f16(mode, w)
-    if kind == 7:
-        return vec.load_bf16(w)
-    return vec.load_f32(w)
+    """One column of a panel of floats; ``kind`` 6 is F16, 8 F32, a constant."""
+    return vec.load_f16(mode, w) if kind == 6 else vec.load_f32(w)
 
 
 @njit(**INLINE)
@@ -180,8 +190,18 @@ def _f16(mode: vec.Mode, w: int, blocks: int, x: int) -> codes.Vector:
 
 
 @njit(**JIT)
-def _bf16(mode: vec.Mode, w: int, blocks: int, x: int) -> codes.Vector:
-    return _floats(mode, w, blocks, x, 7)
+def _bf16(w: int, blocks: int, x: int) -> codes.Vector:
+    """As `_floats`, of pairs of columns."""
+    a, b, c, d = vec.zero_f32(), vec.zero_f32(), vec.zero_f32(), vec.zero_f32()
+    for _ in range(8 * blocks):
+        first, second = vec.load_i32(w), vec.load_i32(w + 64)
+        a = vec.fma(vec.lower_bf16(first), vec.broadcast_f32(x), a)
+        b = vec.fma(vec.upper_bf16(first), vec.broadcast_f32(x + 4), b)
+        c = vec.fma(vec.lower_bf16(second), vec.broadcast_f32(x + 8), c)
+        d = vec.fma(vec.upper_bf16(second), vec.broadcast_f32(x + 12), d)
+        w += 128
+        x += 16
+    return vec.add_f32(vec.add_f32(a, b), vec.add_f32(c, d))
 
 
 @njit(**JIT)
@@ -223,7 +243,7 @@ def matvec(
         elif code == 6:
             result = _f16(mode, w + panel * blocks * 1024, blocks, values)
         elif code == 7:
-            result = _bf16(mode, w + panel * blocks * 1024, blocks, values)
+            result = _bf16(w + panel * blocks * 1024, blocks, values)
         else:
             result = _f32(mode, w + panel * blocks * 2048, blocks, values)
         vec.store_f32(out + 64 * panel, result)

@@ -14,8 +14,8 @@ of value 0 would be, and is subtracted as ``zero * sum of activations``.
                  bytes, 4 chunks of nibbles, and for Q5_K one chunk of fifth bits
     Q6_K         per 256 columns: 16 float16 d; then 8 blocks, each of 16 + 16 signed scales (columns 0-15, 16-31),
                  4 chunks of nibbles, 2 chunks of upper bit pairs (pairs 2c of chunks c and c + 4)
-    F16, BF16    per column 16 values of 2 bytes, columns filled up to a multiple of 32 with zeros
-    F32          the same with 4 bytes
+    F16, F32     per column 16 values of 2 or 4 bytes, columns filled up to a multiple of 32 with zeros
+    BF16         per two columns 16 pairs: the values of row r in the lower and upper half of lane r; filled up likewise
 
 The functions here are the plain numpy definition that `repack` is tested against, byte for byte.
 
@@ -182,11 +182,13 @@ def _pack_q6_k(rows: Bytes) -> Bytes:
     return _joined(d, body.reshape(*body.shape[:2], -1))
 
 
-def _pack_plain(width: int, rows: Bytes) -> Bytes:
+def _pack_plain(width: int, rows: Bytes, together: int = 1) -> Bytes:
+    """Columns of ``width`` bytes, so many of them ``together`` in a lane."""
     values = rows.reshape(rows.shape[0], -1, width)
     filled = np.zeros((rows.shape[0], -(-values.shape[1] // BLOCK) * BLOCK, width), np.uint8)
     filled[:, : values.shape[1]] = values
-    return np.ascontiguousarray(filled.reshape(-1, ROWS, *filled.shape[1:]).transpose(0, 2, 1, 3)).reshape(-1)
+    lanes = filled.reshape(-1, ROWS, filled.shape[1] // together, width * together)
+    return np.ascontiguousarray(lanes.transpose(0, 2, 1, 3)).reshape(-1)
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -197,7 +199,7 @@ LAYOUTS: dict[str, Layout] = {
     "Q5_K": Layout(4, 256, 2880, 0, lambda rows: _pack_k(FORMATS["Q5_K"], rows)),
     "Q6_K": Layout(5, 256, 3360, 32, _pack_q6_k),
     "F16": Layout(6, 32, 1024, None, lambda rows: _pack_plain(2, rows)),
-    "BF16": Layout(7, 32, 1024, None, lambda rows: _pack_plain(2, rows)),
+    "BF16": Layout(7, 32, 1024, None, lambda rows: _pack_plain(2, rows, together=2)),
     "F32": Layout(8, 32, 2048, None, lambda rows: _pack_plain(4, rows)),
 }
 

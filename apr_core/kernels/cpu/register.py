@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apr_core.dtypes import FORMATS, QuantFormat
+from apr_core.formats.blocks import encode_bf16
 from apr_core.formats.codecs import decode_bytes
 from apr_core.kernels.cpu import elementwise
 from apr_core.kernels.cpu.activations import TILE, quantise_reference, quantise_token, tile_block_bytes
@@ -68,6 +69,7 @@ def multiply_many(mode: Mode, dtype: QuantFormat, data: Bytes, rows: int, column
     count, tokens = -(-rows // ROWS), -(-len(x) // TILE) * TILE
     values = np.zeros((tokens, BLOCK * blocks), np.float32)
     values[: len(x), :columns] = x
+    met = encode_bf16(values.reshape(-1)) if _rounds_to_bf16(mode.digits, dtype) else values
     size = blocks * tile_block_bytes(TILE, mode.digits)
     tiles = np.zeros(tokens // TILE * size, np.uint8)
     for t in range(len(x)):
@@ -77,10 +79,15 @@ def multiply_many(mode: Mode, dtype: QuantFormat, data: Bytes, rows: int, column
     scratch = np.full(blocks * SCRATCH // 4, np.nan, np.float32)
     code = LAYOUTS[dtype.name].code
     matmul(
-        mode, code, panels.ctypes.data, blocks, 0, count, tiles.ctypes.data, values.ctypes.data, tokens // TILE,
+        mode, code, panels.ctypes.data, blocks, 0, count, tiles.ctypes.data, met.ctypes.data, tokens // TILE,
         scratch.ctypes.data, out.ctypes.data, out.strides[0],
     )  # fmt: skip
     return out[: len(x), :rows]
+
+
+def _rounds_to_bf16(digits: int, dtype: QuantFormat) -> bool:
+    """`matmul.meets_bf16`, of a prompt."""
+    return digits == 1 and dtype.name == "BF16"
 
 
 def _prompts(dtype: QuantFormat) -> Iterator[tuple[QuantFormat, Bytes, int, int, Floats]]:
@@ -94,11 +101,15 @@ def multiply_reference(digits: int, dtype: QuantFormat, data: Bytes, rows: int, 
     """
     The same in numpy and float64, for ``x`` [columns] or [tokens, columns].
 
-    ``speed`` is held against the product with the quantised vector, ``exact`` against that with the vector itself.
+    ``speed`` is held against the product with the vector as it is rounded, ``exact`` against that with the vector
+    itself.
     """
     weights = decode_bytes(dtype, data, (rows, columns)).astype(np.float64)
-    quantised = digits == 1 and not dtype.plain
-    values = quantise_reference(x, 1) if quantised else x.astype(np.float64)
+    values = x.astype(np.float64)
+    if digits == 1 and not dtype.plain:
+        values = quantise_reference(x, 1)
+    elif x.ndim == 2 and _rounds_to_bf16(digits, dtype):
+        values = decode_bytes(dtype, encode_bf16(x.reshape(-1)), x.shape).astype(np.float64)
     return (values @ weights.T).astype(np.float32)
 
 

@@ -145,6 +145,14 @@ def _two_bytes(row: int, lane: int, columns: int, out: int) -> None:
 
 
 @njit(**JIT)
+def _pairs(row: int, lane: int, columns: int, out: int) -> None:
+    for k in range(columns // 2):
+        vec.write_i32(out + 64 * k + 4 * lane, vec.read_i32(row + 4 * k))
+    if columns % 2 == 1:
+        vec.write_u16(out + 32 * (columns - 1) + 4 * lane, vec.read_u16(row + 2 * columns - 2))
+
+
+@njit(**JIT)
 def _four_bytes(row: int, lane: int, columns: int, out: int) -> None:
     for k in range(columns):
         vec.write_i32(out + 64 * k + 4 * lane, vec.read_i32(row + 4 * k))
@@ -171,10 +179,12 @@ def _pack_rows(
             _q5_k(at, lane, steps, to)
         elif code == 5:
             _q6_k(at, lane, steps, to)
-        elif code == 8:
-            _four_bytes(at, lane, steps, to)
-        else:
+        elif code == 6:
             _two_bytes(at, lane, steps, to)
+        elif code == 7:
+            _pairs(at, lane, steps, to)
+        else:
+            _four_bytes(at, lane, steps, to)
 
 
 def repack(

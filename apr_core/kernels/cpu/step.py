@@ -24,6 +24,7 @@ from apr_core.kernels.cpu.activations import TILE, block_bytes, quantise_token
 from apr_core.kernels.cpu.elementwise import add_rows, attend, cache_position, rms_norm, rotate, swiglu
 from apr_core.kernels.cpu.jit import INLINE, JIT
 from apr_core.kernels.cpu.linkage import call_matmul, call_matvec
+from apr_core.kernels.cpu.matmul import meets_bf16
 
 # Columns of the table of matrices, one row each; the head's row also has the address of the last norm's gain.
 CODE, ADDRESS, BLOCKS, PANELS, GAIN = range(5)
@@ -35,9 +36,9 @@ INPUT_GAIN, POST_GAIN, Q_BIAS, K_BIAS, V_BIAS = range(5)
 HIDDEN, HIDDEN_WIDTH, QUERY_WIDTH, KEY_WIDTH, INNER_WIDTH, HEADS, KV_HEADS, HEAD_DIM, VALUE_ROW, CAPACITY = range(10)
 # The table of buffers that all threads share: addresses.
 (
-    RESIDUAL, NORMED, QUERY, KEY, VALUE, MIXED, ATTENTION, MIDDLE, GATED, UPPER, INNER, SHRUNK, TILES, KEYS, VALUES,
-    ROPE,
-) = range(16)  # fmt: skip
+    RESIDUAL, NORMED, QUERY, KEY, VALUE, MIXED, ATTENTION, MIDDLE, GATED, UPPER, INNER, SHRUNK, TILES, ROUNDED, KEYS,
+    VALUES, ROPE,
+) = range(17)  # fmt: skip
 # The table of buffers of one thread: addresses.
 OWN_NORMED, OWN_TILE, OWN_SCRATCH, OWN_SCORES, OWN_CLOCK = range(5)
 PHASES = (
@@ -103,15 +104,18 @@ def _meet(clock: int, phase: int, words: int, threads: int, spins: int) -> None:
 
 
 @njit(**INLINE)
-def _claim(words: int, count: int, threads: int) -> tuple[int, int]:
+def _claim(words: int, count: int, single: bool, threads: int) -> tuple[int, int]:
     """
     Claim the next of ``count`` panels, the same count for all claims between two barriers; none when first >= stop.
+
+    For several tokens an even number of them: products of floats take two at a time.
 
     Large pieces first, then smaller ones. The size comes from a reading that may be old by now: pieces differ then, and
     still each panel is claimed once.
     """
     left = count - vec.atomic_load(words + _CLAIMED)
-    size = count if threads == 1 else max(1, left // (2 * threads))
+    unit = 1 if single else 2
+    size = count if threads == 1 else max(unit, left // (2 * threads) // unit * unit)
     first = vec.atomic_add(words + _CLAIMED, size)
     return first, min(first + size, count)
 
@@ -137,6 +141,43 @@ def _quantise(
 
 
 @njit(**JIT)
+def _to_bf16(values: int, out: int, blocks: int, tokens: int, thread: int, threads: int) -> None:
+    """Round a thread's share of rows to bfloat16."""
+    first, stop = _share(tokens * blocks * 2, thread, threads)
+    for i in range(first, stop):
+        vec.store_u16(out + 32 * i, vec.bf16_bits(vec.load_f32(values + 64 * i)))
+
+
+@njit(**JIT)
+def _round(
+    mode: vec.Mode,
+    matrices: np.ndarray,
+    values: int,
+    rounded: int,
+    tokens: int,
+    single: bool,
+    tiles: int,
+    clock: int,
+    words: int,
+    spins: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """Round the values that these matrices are about to multiply as their types want them, for every thread to see."""
+    to_digits = to_bf16 = False
+    for m in range(len(matrices)):
+        to_digits |= matrices[m, CODE] < _FLOATS
+        to_bf16 |= not single and meets_bf16(mode, matrices[m, CODE])
+    if to_digits:
+        _quantise(mode, values, matrices[0, BLOCKS], tokens, single, tiles, thread, threads)
+    if to_bf16:
+        _to_bf16(values, rounded, matrices[0, BLOCKS], tokens, thread, threads)
+    if (to_digits or to_bf16) and not single:
+        _meet(clock, _PREPARE, words, threads, spins)
+    _lap(clock, _PREPARE)
+
+
+@njit(**JIT)
 def _multiply(
     mode: vec.Mode,
     matrix: np.ndarray,
@@ -146,6 +187,7 @@ def _multiply(
     single: bool,
     tiles: int,
     values: int,
+    rounded: int,
     scratch: int,
     out: int,
     width: int,
@@ -156,7 +198,8 @@ def _multiply(
         call_matvec(mode, code, address, blocks, first, stop, tiles, values, out)
     else:
         count = (tokens + TILE - 1) // TILE
-        call_matmul(mode, code, address, blocks, first, stop, tiles, values, count, scratch, out, 4 * width)
+        met = rounded if meets_bf16(mode, code) else values
+        call_matmul(mode, code, address, blocks, first, stop, tiles, met, count, scratch, out, 4 * width)
 
 
 @njit(**JIT)
@@ -176,8 +219,9 @@ def _attention_inputs(
 ) -> None:
     """Queries, keys and values with their biases; their panels are claimed as if they were one matrix."""
     count = matrices[Q, PANELS] + matrices[K, PANELS] + matrices[V, PANELS]
+    scratch, rounded = own[OWN_SCRATCH], shared[ROUNDED]
     while True:
-        first, stop = _claim(words, count, threads)
+        first, stop = _claim(words, count, single, threads)
         if first >= stop:
             break
         for m in range(3):
@@ -188,7 +232,7 @@ def _attention_inputs(
                 continue
             out = shared[QUERY + m]
             width = sizes[QUERY_WIDTH] if m == 0 else sizes[KEY_WIDTH]
-            _multiply(mode, matrices[Q + m], low, high, tokens, single, tiles, normed, own[OWN_SCRATCH], out, width)
+            _multiply(mode, matrices[Q + m], low, high, tokens, single, tiles, normed, rounded, scratch, out, width)
             for t in range(tokens):
                 row = out + 4 * width * t
                 add_rows(row, vectors[Q_BIAS + m], row, low, high)
@@ -268,6 +312,7 @@ def _add_product(
     single: bool,
     tiles: int,
     values: int,
+    rounded: int,
     scratch: int,
     product: int,
     x: int,
@@ -278,10 +323,10 @@ def _add_product(
     """``out = x + product`` of the hidden size, panels as they are claimed."""
     width = sizes[HIDDEN_WIDTH]
     while True:
-        first, stop = _claim(words, matrix[PANELS], threads)
+        first, stop = _claim(words, matrix[PANELS], single, threads)
         if first >= stop:
             break
-        _multiply(mode, matrix, first, stop, tokens, single, tiles, values, scratch, product, width)
+        _multiply(mode, matrix, first, stop, tokens, single, tiles, values, rounded, scratch, product, width)
         for t in range(tokens):
             at = 4 * width * t
             add_rows(x + at, product + at, out + at, first, stop)
@@ -302,13 +347,14 @@ def _gated(
     threads: int,
 ) -> None:
     """Gate, up and SwiGLU, panels as they are claimed."""
-    width = sizes[INNER_WIDTH]
+    width, rounded = sizes[INNER_WIDTH], shared[ROUNDED]
     while True:
-        first, stop = _claim(words, matrices[GATE, PANELS], threads)
+        first, stop = _claim(words, matrices[GATE, PANELS], single, threads)
         if first >= stop:
             break
-        _multiply(mode, matrices[GATE], first, stop, tokens, single, tiles, normed, scratch, shared[GATED], width)
-        _multiply(mode, matrices[UP], first, stop, tokens, single, tiles, normed, scratch, shared[UPPER], width)
+        for m in range(2):
+            out = shared[GATED + m]
+            _multiply(mode, matrices[GATE + m], first, stop, tokens, single, tiles, normed, rounded, scratch, out, width)
         for t in range(tokens):
             at = 4 * width * t
             swiglu(shared[GATED] + at, shared[UPPER] + at, shared[INNER] + at, first, stop)
@@ -335,15 +381,14 @@ def _layer(
     """One decoder layer; buffers keep everything that a trace records until the next one."""
     normed = own[OWN_NORMED] if single else shared[NORMED]
     tiles = own[OWN_TILE] if single else shared[TILES]
-    scratch, clock = own[OWN_SCRATCH], own[OWN_CLOCK]
+    rounded, scratch, clock = shared[ROUNDED], own[OWN_SCRATCH], own[OWN_CLOCK]
 
     _norm_rows(shared[RESIDUAL], vectors[INPUT_GAIN], normed, sizes, tokens, single, eps, thread, threads)
     if not single:
         _meet(clock, _PREPARE, words, threads, spins)
-    if min(matrices[Q, CODE], matrices[K, CODE], matrices[V, CODE]) < _FLOATS:
-        _quantise(mode, normed, matrices[Q, BLOCKS], tokens, single, tiles, thread, threads)
-        if not single:
-            _meet(clock, _PREPARE, words, threads, spins)
+    _round(
+        mode, matrices[Q:OUTPUT], normed, rounded, tokens, single, tiles, clock, words, spins, thread, threads
+    )  # fmt: skip
     _attention_inputs(mode, matrices, vectors, sizes, shared, own, tokens, single, tiles, normed, words, threads)
     _meet(clock, _INPUTS, words, threads, spins)
     _rotate_and_cache(sizes, shared, layer, tokens, start, thread, threads)
@@ -352,13 +397,11 @@ def _layer(
     _meet(clock, _ATTEND, words, threads, spins)
 
     mixed = shared[MIXED]
-    if matrices[OUTPUT, CODE] < _FLOATS:
-        _quantise(mode, mixed, matrices[OUTPUT, BLOCKS], tokens, single, tiles, thread, threads)
-        if not single:
-            _meet(clock, _PREPARE, words, threads, spins)
-    _lap(clock, _PREPARE)
+    _round(
+        mode, matrices[OUTPUT:GATE], mixed, rounded, tokens, single, tiles, clock, words, spins, thread, threads
+    )  # fmt: skip
     _add_product(
-        mode, matrices[OUTPUT], sizes, tokens, single, tiles, mixed, scratch,
+        mode, matrices[OUTPUT], sizes, tokens, single, tiles, mixed, rounded, scratch,
         shared[ATTENTION], shared[RESIDUAL], shared[MIDDLE], words, threads,
     )  # fmt: skip
     _meet(clock, _OUTPUT, words, threads, spins)
@@ -366,22 +409,18 @@ def _layer(
     _norm_rows(shared[MIDDLE], vectors[POST_GAIN], normed, sizes, tokens, single, eps, thread, threads)
     if not single:
         _meet(clock, _PREPARE, words, threads, spins)
-    if min(matrices[GATE, CODE], matrices[UP, CODE]) < _FLOATS:
-        _quantise(mode, normed, matrices[GATE, BLOCKS], tokens, single, tiles, thread, threads)
-        if not single:
-            _meet(clock, _PREPARE, words, threads, spins)
-    _lap(clock, _PREPARE)
+    _round(
+        mode, matrices[GATE:DOWN], normed, rounded, tokens, single, tiles, clock, words, spins, thread, threads
+    )  # fmt: skip
     _gated(mode, matrices, sizes, shared, tokens, single, tiles, normed, scratch, words, threads)
     _meet(clock, _GATES, words, threads, spins)
 
     inner = shared[INNER]
-    if matrices[DOWN, CODE] < _FLOATS:
-        _quantise(mode, inner, matrices[DOWN, BLOCKS], tokens, single, tiles, thread, threads)
-        if not single:
-            _meet(clock, _PREPARE, words, threads, spins)
-    _lap(clock, _PREPARE)
+    _round(
+        mode, matrices[DOWN:], inner, rounded, tokens, single, tiles, clock, words, spins, thread, threads
+    )  # fmt: skip
     _add_product(
-        mode, matrices[DOWN], sizes, tokens, single, tiles, inner, scratch,
+        mode, matrices[DOWN], sizes, tokens, single, tiles, inner, rounded, scratch,
         shared[SHRUNK], shared[MIDDLE], shared[RESIDUAL], words, threads,
     )  # fmt: skip
     _meet(clock, _DOWN, words, threads, spins)
@@ -412,17 +451,16 @@ def _head(
     _norm_rows(x, head[GAIN], normed, sizes, tokens, single, eps, thread, threads)
     if not single:
         _meet(clock, _PREPARE, words, threads, spins)
-    if head[CODE] < _FLOATS:
-        _quantise(mode, normed, head[BLOCKS], tokens, single, tiles, thread, threads)
-        if not single:
-            _meet(clock, _PREPARE, words, threads, spins)
-    _lap(clock, _PREPARE)
+    rounded, scratch = shared[ROUNDED], own[OWN_SCRATCH]
+    _round(
+        mode, head.reshape((1, head.size)), normed, rounded, tokens, single, tiles, clock, words, spins, thread, threads
+    )  # fmt: skip
     width = 16 * head[PANELS]
     while True:
-        first, stop = _claim(words, head[PANELS], threads)
+        first, stop = _claim(words, head[PANELS], single, threads)
         if first >= stop:
             break
-        _multiply(mode, head, first, stop, tokens, single, tiles, normed, own[OWN_SCRATCH], logits, width)
+        _multiply(mode, head, first, stop, tokens, single, tiles, normed, rounded, scratch, logits, width)
     _meet(clock, _HEAD, words, threads, spins)
 
 
@@ -460,7 +498,7 @@ def run(
         vectors: int64 [layers, 5].
         head: int64 [5].
         sizes: int64 [10].
-        shared: int64 [16].
+        shared: int64 [17].
         own: int64 [5], this thread's.
         logits: float32 [wanted up to a multiple of 8 (one row when ``alone``), 16 * panels of the head].
         eps: Of the norms.

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import (
     NativeValue,
@@ -31,7 +31,7 @@ from numba.extending import (
     unbox,
 )
 
-from apr_core.kernels.cpu.features import AVX512, PATHS
+from apr_core.kernels.cpu.features import AVX512, PATHS, multiplies_bf16
 
 LANES = 16
 
@@ -177,6 +177,13 @@ def _call(builder: Any, name: str, result: Any, *values: Any) -> Any:
 
 # ---- loads and stores
 
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """To be read, and to be kept in every cache: the constants of LLVM's intrinsic."""
+    to_read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), _pointer(builder, address, _I8), to_read, keep, data)
+
+
 load_i32 = _define(i32x16, (_address,), lambda b, at: _load(b, at, _INTS))
 """Load 16 int32."""
 load_f32 = _define(f32x16, (_address,), lambda b, at: _load(b, at, _FLOATS))
@@ -187,12 +194,6 @@ load_i8 = _define(i32x16, (_address,), lambda b, at: b.sext(_load(b, at, _BYTES)
 """Load 16 signed bytes, each widened to a lane."""
 load_u16 = _define(i32x16, (_address,), lambda b, at: b.zext(_load(b, at, _WORDS), _INTS))
 """Load 16 unsigned 16-bit words, each widened to a lane."""
-load_bf16 = _define(
-    f32x16,
-    (_address,),
-    lambda b, at: b.bitcast(b.shl(b.zext(_load(b, at, _WORDS), _INTS), _same(_INTS, 16)), _FLOATS),
-)
-"""Load 16 bfloat16 as float32, exactly."""
 store_i32 = _define(types.void, (_address, i32x16), lambda b, at, v: _store(b, v, at, _INTS))
 """Store 16 int32."""
 store_f32 = _define(types.void, (_address, f32x16), lambda b, at, v: _store(b, v, at, _FLOATS))
@@ -225,6 +226,8 @@ broadcast_i32 = _define(i32x16, (_address,), lambda b, at: _splat(b, _load(b, at
 """Load one int32 (four bytes of activations) into all lanes."""
 broadcast_f32 = _define(f32x16, (_address,), lambda b, at: _splat(b, _load(b, at, _F32), _FLOATS))
 """Load one float32 into all lanes."""
+prefetch = _define(types.void, (_address,), _prefetch)
+"""Ask for the cache line at an address, which need not be there."""
 zero_i32 = _define(i32x16, (), lambda b: _same(_INTS, 0))
 """Sixteen zeros."""
 zero_f32 = _define(f32x16, (), lambda b: _same(_FLOATS, 0.0))
@@ -324,6 +327,31 @@ as_f32 = _define(f32x16, (i32x16,), lambda b, x: b.bitcast(x, _FLOATS))
 """Sixteen floats from their bits."""
 
 
+def _lower_bf16(builder: Any, pairs: Any) -> Any:
+    return builder.bitcast(builder.shl(pairs, _same(_INTS, 16)), _FLOATS)
+
+
+def _upper_bf16(builder: Any, pairs: Any) -> Any:
+    return builder.bitcast(builder.and_(pairs, _same(_INTS, -(1 << 16))), _FLOATS)
+
+
+def _bf16_bits(builder: Any, x: Any) -> Any:
+    """Add half a unit less the tie, then cut; a NaN would be carried into an infinity or a zero and is made quiet."""
+    bits, sixteen = builder.bitcast(x, _INTS), _same(_INTS, 16)
+    cut = builder.lshr(bits, sixteen)
+    half = builder.add(_same(_INTS, 0x7FFF), builder.and_(cut, _same(_INTS, 1)))
+    rounded = builder.lshr(builder.add(bits, half), sixteen)
+    return builder.select(builder.fcmp_unordered("uno", x, x), builder.or_(cut, _same(_INTS, 0x40)), rounded)
+
+
+lower_bf16 = _define(f32x16, (i32x16,), _lower_bf16)
+"""The float32 of the bfloat16 in the lower half of each lane, exactly."""
+upper_bf16 = _define(f32x16, (i32x16,), _upper_bf16)
+"""The float32 of the bfloat16 in the upper half of each lane, exactly."""
+bf16_bits = _define(i32x16, (f32x16,), _bf16_bits)
+"""Round each float32 to bfloat16 (ties to even) and return its 16 bits; a NaN stays one."""
+
+
 def _f16_bits(builder: Any, value: Any) -> Any:
     return builder.zext(builder.bitcast(builder.fptrunc(value, _F16), _I16), _I32)
 
@@ -362,6 +390,33 @@ def _dot_portable(builder: Any, total: Any, codes: Any, digits: Any) -> Any:
     return builder.add(total, builder.add(even, odd))
 
 
+class _Bfloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not spell."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self) -> int:
+        return hash(_Bfloat)
+
+
+# What the instruction takes: until LLVM 15 the pairs as integers.
+_PAIRS = ir.VectorType(_Bfloat(), 32) if binding.llvm_version_info[0] > 15 else _INTS
+
+
+def _pairs_native(builder: Any, total: Any, x: Any, y: Any) -> Any:
+    pair = (builder.bitcast(x, _PAIRS), builder.bitcast(y, _PAIRS))
+    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, *pair)
+
+
+def _pairs_portable(builder: Any, total: Any, x: Any, y: Any) -> Any:
+    upper = _fma(builder, _upper_bf16(builder, x), _upper_bf16(builder, y), total)
+    return _fma(builder, _lower_bf16(builder, x), _lower_bf16(builder, y), upper)
+
+
 def _half_to_float(builder: Any, words: Any) -> Any:
     """
     Convert 16 float16 (in the low halves of lanes) by integer arithmetic.
@@ -396,6 +451,20 @@ def dot_bytes(typing_context: Any, mode: Any, total: Any, codes: Any, digits: An
         return None
     emit = _dot_vnni if mode.mode.path == AVX512 else _dot_portable
     return i32x16(mode, i32x16, i32x16, i32x16), _generator(emit)
+
+
+@intrinsic
+def dot_pairs(typing_context: Any, mode: Any, total: Any, x: Any, y: Any) -> Any:
+    """
+    Per lane: ``total`` plus the two products of a pair of bfloat16 in ``x`` with one in ``y``, in float32.
+
+    One instruction where the processor has it (AVX512-BF16, which takes subnormal numbers for zero), else two fused
+    multiply-adds: roundings may differ in the last bit.
+    """
+    if not isinstance(mode, ModeType):
+        return None
+    native = mode.mode.path == AVX512 and multiplies_bf16()
+    return f32x16(mode, f32x16, i32x16, i32x16), _generator(_pairs_native if native else _pairs_portable)
 
 
 @intrinsic
