@@ -312,7 +312,7 @@ class CpuQwen2:
                 self._buffers[step.NORMED] if thread == 0 else np.zeros(width["hidden"], np.float32),
                 np.zeros(widest * tile_block_bytes(1, digits), np.uint8),
                 np.empty(widest * SCRATCH, np.uint8),
-                np.empty(positions, np.float32),
+                np.empty(4 * positions + 16, np.float32),
                 clock,
             ]
             for thread, clock in enumerate(self._clocks)

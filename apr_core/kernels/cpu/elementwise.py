@@ -22,6 +22,9 @@ _C2, _C3, _C4 = np.float32(5.0000001201e-1), np.float32(1.6666665459e-1), np.flo
 _C5, _C6, _C7 = np.float32(8.3334519073e-3), np.float32(1.3981999507e-3), np.float32(1.9875691500e-4)
 _ONE = np.float32(1)
 
+Four = tuple[int, int, int, int]
+Vectors = tuple[vec.VectorType, vec.VectorType, vec.VectorType, vec.VectorType]
+
 
 @njit(**INLINE)
 def exp(x: vec.VectorType) -> vec.VectorType:
@@ -102,69 +105,138 @@ def cache_position(key: int, value: int, keys: int, values: int, position: int, 
 
 
 @njit(**INLINE)
-def _dot_panel(query: int, panel: int, head_dim: int) -> vec.VectorType:
-    """Products of one query with the keys of 16 positions."""
-    a, b, c, d = vec.zero_f32(), vec.zero_f32(), vec.zero_f32(), vec.zero_f32()
-    whole = head_dim // 4 * 4
-    for i in range(0, whole, 4):
-        at, x = panel + 64 * i, query + 4 * i
-        a = vec.fma(vec.load_f32(at), vec.broadcast_f32(x), a)
-        b = vec.fma(vec.load_f32(at + 64), vec.broadcast_f32(x + 4), b)
-        c = vec.fma(vec.load_f32(at + 128), vec.broadcast_f32(x + 8), c)
-        d = vec.fma(vec.load_f32(at + 192), vec.broadcast_f32(x + 12), d)
-    for i in range(whole, head_dim):
-        a = vec.fma(vec.load_f32(panel + 64 * i), vec.broadcast_f32(query + 4 * i), a)
-    return vec.add_f32(vec.add_f32(a, b), vec.add_f32(c, d))
+def _add_four(vector: vec.VectorType, at: Four, offset: int, sums: Vectors) -> Vectors:
+    """Add one vector times a float32 of each of four rows."""
+    return (
+        vec.fma(vector, vec.broadcast_f32(at[0] + offset), sums[0]),
+        vec.fma(vector, vec.broadcast_f32(at[1] + offset), sums[1]),
+        vec.fma(vector, vec.broadcast_f32(at[2] + offset), sums[2]),
+        vec.fma(vector, vec.broadcast_f32(at[3] + offset), sums[3]),
+    )
+
+
+@njit(**INLINE)
+def _zeros() -> Vectors:
+    z = vec.zero_f32()
+    return z, z, z, z
+
+
+@njit(**INLINE)
+def _keep_scores(even: Vectors, odd: Vectors, scale: vec.VectorType, scores: Four, offset: int) -> None:
+    vec.store_f32(scores[0] + offset, vec.mul_f32(vec.add_f32(even[0], odd[0]), scale))
+    vec.store_f32(scores[1] + offset, vec.mul_f32(vec.add_f32(even[1], odd[1]), scale))
+    vec.store_f32(scores[2] + offset, vec.mul_f32(vec.add_f32(even[2], odd[2]), scale))
+    vec.store_f32(scores[3] + offset, vec.mul_f32(vec.add_f32(even[3], odd[3]), scale))
 
 
 @njit(**JIT)
-def attend(query: int, keys: int, values: int, length: int, head_dim: int, row: int, scores: int, out: int) -> None:
-    """
-    Softmax of one query's scores over ``length`` positions, times their values.
-
-    Args:
-        query: Address of float32 [head_dim], rotated.
-        keys: Address of the head's key panels.
-        values: Address of the head's value rows.
-        length: Positions to attend to; what lies behind them in the last panel has no influence.
-        head_dim: Values per head.
-        row: Bytes of a value row.
-        scores: Address of float32 [16 * ceil(length / 16)] for this thread alone.
-        out: Address of float32 [head_dim].
-    """
+def _dot_panels(queries: Four, keys: int, panels: int, head_dim: int, scores: Four) -> None:
+    """Scores of four queries with the keys of all panels, two panels at a time; an odd last one is met twice."""
     scale = vec.splat_f32(_ONE / np.float32(np.sqrt(np.float32(head_dim))))
-    panels = (length + 15) // 16
+    for p in range(0, panels, 2):
+        second = min(p + 1, panels - 1)
+        at, other = keys + p * 64 * head_dim, keys + second * 64 * head_dim
+        a, b, c, d = _zeros(), _zeros(), _zeros(), _zeros()
+        for i in range(0, 4 * head_dim, 8):
+            a = _add_four(vec.load_f32(at), queries, i, a)
+            b = _add_four(vec.load_f32(at + 64), queries, i + 4, b)
+            c = _add_four(vec.load_f32(other), queries, i, c)
+            d = _add_four(vec.load_f32(other + 64), queries, i + 4, d)
+            at, other = at + 128, other + 128
+        _keep_scores(a, b, scale, scores, 64 * p)
+        _keep_scores(c, d, scale, scores, 64 * second)
+
+
+@njit(**JIT)
+def _softmax(scores: int, length: int, panels: int) -> float:
+    """Replace scores by their exponentials, zero from ``length`` on, and return one over their sum."""
+    for t in range(length, 16 * panels):
+        vec.write_f32(scores + 4 * t, np.float32(-np.inf))
     highest = vec.splat_f32(np.float32(-np.inf))
     for p in range(panels):
-        vec.store_f32(scores + 64 * p, vec.mul_f32(_dot_panel(query, keys + p * 64 * head_dim, head_dim), scale))
-        if 16 * p + 16 > length:
-            for t in range(length, 16 * panels):
-                vec.write_f32(scores + 4 * t, np.float32(-np.inf))
         highest = vec.max_f32(highest, vec.load_f32(scores + 64 * p))
     highest = vec.splat_f32(vec.max_of_f32(highest))
     total = vec.zero_f32()
     for p in range(panels):
-        vec.store_f32(scores + 64 * p, exp(vec.sub_f32(vec.load_f32(scores + 64 * p), highest)))
+        shares = exp(vec.sub_f32(vec.load_f32(scores + 64 * p), highest))
+        vec.store_f32(scores + 64 * p, shares)
         if 16 * p + 16 > length:  # `exp` is held above zero
-            for t in range(length, 16 * panels):
+            for t in range(max(length, 16 * p), 16 * p + 16):
                 vec.write_f32(scores + 4 * t, np.float32(0))
         total = vec.add_f32(total, vec.load_f32(scores + 64 * p))
-    inverse = vec.splat_f32(_ONE / vec.sum_f32(total))
-    for i in range(0, row, 64):
-        column = values + i
-        a, b, c, d = vec.zero_f32(), vec.zero_f32(), vec.zero_f32(), vec.zero_f32()
-        whole = length // 4 * 4
-        for t in range(0, whole, 4):
-            a = vec.fma(vec.load_f32(column + t * row), vec.broadcast_f32(scores + 4 * t), a)
-            b = vec.fma(vec.load_f32(column + (t + 1) * row), vec.broadcast_f32(scores + 4 * t + 4), b)
-            c = vec.fma(vec.load_f32(column + (t + 2) * row), vec.broadcast_f32(scores + 4 * t + 8), c)
-            d = vec.fma(vec.load_f32(column + (t + 3) * row), vec.broadcast_f32(scores + 4 * t + 12), d)
-        for t in range(whole, length):
-            a = vec.fma(vec.load_f32(column + t * row), vec.broadcast_f32(scores + 4 * t), a)
-        mixed = vec.mul_f32(vec.add_f32(vec.add_f32(a, b), vec.add_f32(c, d)), inverse)
-        if i + 64 <= 4 * head_dim:
-            vec.store_f32(out + i, mixed)
-        else:  # the last lanes are padding: behind them lies another head
-            vec.store_f32(scores, mixed)
-            for k in range(head_dim % 16):
-                vec.write_f32(out + i + 4 * k, vec.read_f32(scores + 4 * k))
+    return _ONE / vec.sum_f32(total)
+
+
+@njit(**JIT)
+def _keep_mixed(
+    even: vec.VectorType, odd: vec.VectorType, inverse: float, column: int, row: int, first: int, length: int,
+    scores: int, out: int, lanes: int, spare: int,
+) -> None:  # fmt: skip
+    """Add the positions from ``first``, an even one, that this query alone sees, and store so many lanes."""
+    for t in range(first, length):
+        share = vec.broadcast_f32(scores + 4 * t)
+        if t % 2 == 0:
+            even = vec.fma(vec.load_f32(column + t * row), share, even)
+        else:
+            odd = vec.fma(vec.load_f32(column + t * row), share, odd)
+    mixed = vec.mul_f32(vec.add_f32(even, odd), vec.splat_f32(np.float32(inverse)))
+    if lanes >= 16:
+        vec.store_f32(out, mixed)
+    else:  # behind them lies another head
+        vec.store_f32(spare, mixed)
+        for k in range(lanes):
+            vec.write_f32(out + 4 * k, vec.read_f32(spare + 4 * k))
+
+
+@njit(**JIT)
+def attend(
+    queries: Four, lengths: Four, keys: int, values: int, head_dim: int, row: int, scores: int, outs: Four
+) -> None:
+    """
+    For each of four queries, softmax of its scores over its positions, times their values.
+
+    The four share a key-value head: keys and values are read once for all of them. What one query gets does not depend
+    on the others, bit for bit, so a query may be given several times to make four.
+
+    Args:
+        queries: Addresses of float32 [head_dim], rotated; head_dim is even.
+        lengths: Positions that each attends to, none shorter than the one before it; what lies behind them in the last
+            panel has no influence.
+        keys: Address of the head's key panels.
+        values: Address of the head's value rows.
+        head_dim: Values per head.
+        row: Bytes of a value row.
+        scores: Address of float32 [4, 16 * ceil(longest / 16)] and 16 more, for this thread alone.
+        outs: Addresses of float32 [head_dim].
+    """
+    panels = (lengths[3] + 15) // 16
+    span = 64 * panels
+    at = (scores, scores + span, scores + 2 * span, scores + 3 * span)
+    _dot_panels(queries, keys, panels, head_dim, at)
+    inverse = (
+        _softmax(at[0], lengths[0], panels), _softmax(at[1], lengths[1], panels),
+        _softmax(at[2], lengths[2], panels), _softmax(at[3], lengths[3], panels),
+    )  # fmt: skip
+    common = lengths[0] // 2 * 2
+    for i in range(0, row, 128):
+        second = min(i + 64, row - 64)
+        lanes = head_dim - i // 4
+        a, b, c, d = _zeros(), _zeros(), _zeros(), _zeros()
+        column, other = values + i, values + second
+        for t in range(0, common, 2):
+            here, there = column + t * row, other + t * row
+            a = _add_four(vec.load_f32(here), at, 4 * t, a)
+            b = _add_four(vec.load_f32(here + row), at, 4 * t + 4, b)
+            c = _add_four(vec.load_f32(there), at, 4 * t, c)
+            d = _add_four(vec.load_f32(there + row), at, 4 * t + 4, d)
+        spare = scores + 4 * span
+        _keep_mixed(a[0], b[0], inverse[0], column, row, common, lengths[0], at[0], outs[0] + i, lanes, spare)
+        _keep_mixed(a[1], b[1], inverse[1], column, row, common, lengths[1], at[1], outs[1] + i, lanes, spare)
+        _keep_mixed(a[2], b[2], inverse[2], column, row, common, lengths[2], at[2], outs[2] + i, lanes, spare)
+        _keep_mixed(a[3], b[3], inverse[3], column, row, common, lengths[3], at[3], outs[3] + i, lanes, spare)
+        if second > i:
+            lanes = head_dim - second // 4
+            _keep_mixed(c[0], d[0], inverse[0], other, row, common, lengths[0], at[0], outs[0] + second, lanes, spare)
+            _keep_mixed(c[1], d[1], inverse[1], other, row, common, lengths[1], at[1], outs[1] + second, lanes, spare)
+            _keep_mixed(c[2], d[2], inverse[2], other, row, common, lengths[2], at[2], outs[2] + second, lanes, spare)
+            _keep_mixed(c[3], d[3], inverse[3], other, row, common, lengths[3], at[3], outs[3] + second, lanes, spare)

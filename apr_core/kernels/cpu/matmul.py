@@ -57,9 +57,9 @@ def _unpack_small(mode: vec.Mode, code: int, w: int, blocks: int, out: int) -> N
 
 @njit(**JIT)
 def _unpack_super(mode: vec.Mode, code: int, w: int, blocks: int, out: int) -> None:
-    """Q4_K and Q5_K: products of d and scale, of dmin and minimum."""
+    """Q4_K and Q5_K: products of d and scale, of minus dmin and minimum."""
     for _ in range(blocks // 8):
-        d, dmin = vec.load_f16(mode, w), vec.load_f16(mode, w + 32)
+        d, dmin = vec.load_f16(mode, w), vec.sub_f32(vec.zero_f32(), vec.load_f16(mode, w + 32))
         w += 64
         for _j in range(8):
             vec.store_f32(out + 512, vec.mul_f32(d, vec.to_f32(vec.load_u8(w))))
@@ -100,10 +100,15 @@ def _unpack_floats(mode: vec.Mode, code: int, w: int, blocks: int, out: int) -> 
 
 
 @njit(**INLINE)
-def _add_whole(mode: vec.Mode, w: int, zero: int, x: int, token: int, result: codes.Vector) -> codes.Vector:
+def _add_whole(
+    mode: vec.Mode, w: int, zero: int, minima: bool, x: int, token: int, result: codes.Vector
+) -> codes.Vector:
     """Add one block of one token; the loads of the weights are the same for every token, so they happen once."""
+    digits = vec.digits_of(mode)
     product = whole_product(mode, codes.bytes_at(w), zero, x, TILE, token)
-    scale = vec.broadcast_f32(scale_at(x, TILE, vec.digits_of(mode), token))
+    scale = vec.broadcast_f32(scale_at(x, TILE, digits, token))
+    if minima:
+        result = vec.fma(vec.load_f32(w + 576), vec.broadcast_f32(total_at(x, TILE, digits, token)), result)
     return vec.fma(vec.mul_f32(vec.load_f32(w + 512), scale), product, result)
 
 
@@ -137,20 +142,22 @@ def _keep_tile(sums: codes.Chunks, out: int, stride: int) -> None:
     vec.store_f32(out + 7 * stride, sums[7])
 
 
-@njit(**JIT)
-def _tile_whole(mode: vec.Mode, w: int, blocks: int, zero: int, x: int, out: int, stride: int) -> None:
+@njit(**INLINE)
+def _tile_whole(
+    mode: vec.Mode, w: int, blocks: int, zero: int, minima: bool, x: int, out: int, stride: int
+) -> None:
     """Eight tokens times one unpacked panel; ``stride`` is the bytes from a token's results to the next one's."""
     sums = _zeros()
     for _ in range(blocks):
         sums = (
-            _add_whole(mode, w, zero, x, 0, sums[0]),
-            _add_whole(mode, w, zero, x, 1, sums[1]),
-            _add_whole(mode, w, zero, x, 2, sums[2]),
-            _add_whole(mode, w, zero, x, 3, sums[3]),
-            _add_whole(mode, w, zero, x, 4, sums[4]),
-            _add_whole(mode, w, zero, x, 5, sums[5]),
-            _add_whole(mode, w, zero, x, 6, sums[6]),
-            _add_whole(mode, w, zero, x, 7, sums[7]),
+            _add_whole(mode, w, zero, minima, x, 0, sums[0]),
+            _add_whole(mode, w, zero, minima, x, 1, sums[1]),
+            _add_whole(mode, w, zero, minima, x, 2, sums[2]),
+            _add_whole(mode, w, zero, minima, x, 3, sums[3]),
+            _add_whole(mode, w, zero, minima, x, 4, sums[4]),
+            _add_whole(mode, w, zero, minima, x, 5, sums[5]),
+            _add_whole(mode, w, zero, minima, x, 6, sums[6]),
+            _add_whole(mode, w, zero, minima, x, 7, sums[7]),
         )
         w += _UNPACKED
         x += block_bytes(TILE, vec.digits_of(mode))
@@ -175,19 +182,6 @@ def _tile_halves(mode: vec.Mode, w: int, blocks: int, zero: int, x: int, out: in
         w += _UNPACKED
         x += block_bytes(TILE, vec.digits_of(mode))
     _keep_tile(sums, out, stride)
-
-
-@njit(**JIT)
-def _subtract_minima(mode: vec.Mode, w: int, blocks: int, x: int, out: int, stride: int) -> None:
-    """Q4_K and Q5_K: the sum over blocks of minimum times sum of activations, taken off each token's results."""
-    digits = vec.digits_of(mode)
-    for token in range(TILE):
-        total = vec.zero_f32()
-        for b in range(blocks):
-            sums = vec.broadcast_f32(total_at(x + b * block_bytes(TILE, digits), TILE, digits, token))
-            total = vec.fma(vec.load_f32(w + 576 + b * _UNPACKED), sums, total)
-        at = out + token * stride
-        vec.store_f32(at, vec.sub_f32(vec.load_f32(at), total))
 
 
 @njit(**INLINE)
@@ -319,7 +313,7 @@ def matmul(
         return
     units = blocks // 8
     tile_bytes = blocks * block_bytes(TILE, vec.digits_of(mode))
-    zero = 128 if code == 0 else 16 if code == 1 else 8 if code == 2 else 0
+    zero = 128 if code == 0 else 16 if code == 1 else 8
     for panel in range(first, stop):
         if code == 0:
             _unpack_small(mode, code, w + panel * blocks * 544, blocks, scratch)
@@ -338,8 +332,8 @@ def matmul(
             x = tiles + tile * tile_bytes
             if code == 5:
                 _tile_halves(mode, scratch, blocks, 32, x, to, stride)
+            elif code > 2:
+                _tile_whole(mode, scratch, blocks, 0, True, x, to, stride)
             else:
-                _tile_whole(mode, scratch, blocks, zero, x, to, stride)
-                if code > 2:
-                    _subtract_minima(mode, scratch, blocks, x, to, stride)
+                _tile_whole(mode, scratch, blocks, zero, False, x, to, stride)
             to += TILE * stride

@@ -181,8 +181,8 @@ def _gates() -> Iterator[tuple[Floats, Floats]]:
     yield np.array([-200, -88, -0.0, 0, 88, 200], np.float32), np.ones(6, np.float32)
 
 
-def _attend(query: Floats, keys: Floats, values: Floats) -> Floats:
-    """One query [head_dim] over keys and values [length, head_dim], put into a cache position by position."""
+def _attend(queries: Floats, lengths: tuple[int, ...], keys: Floats, values: Floats) -> Floats:
+    """Four queries [4, head_dim] over keys and values [length, head_dim], put into a cache position by position."""
     length, dim = keys.shape
     width = -(-dim // 16) * 16
     panels = np.full((-(-length // 16), dim, 16), np.nan, np.float32)
@@ -198,33 +198,31 @@ def _attend(query: Floats, keys: Floats, values: Floats) -> Floats:
             dim,
             4 * width,
         )
-    scores, out = np.full(panels.shape[0] * 16, np.nan, np.float32), np.full(dim + 16, np.nan, np.float32)
+    scores, out = np.full(panels.shape[0] * 64 + 16, np.nan, np.float32), np.full((4, dim + 16), np.nan, np.float32)
     elementwise.attend(
-        query.ctypes.data,
-        panels.ctypes.data,
-        rows.ctypes.data,
-        length,
-        dim,
-        4 * width,
-        scores.ctypes.data,
-        out.ctypes.data,
-    )
-    assert np.isnan(out[dim:]).all(), "the next head was written to"
-    return out[:dim]
+        tuple(query.ctypes.data for query in queries), lengths, panels.ctypes.data, rows.ctypes.data, dim, 4 * width,
+        scores.ctypes.data, tuple(row.ctypes.data for row in out),
+    )  # fmt: skip
+    assert np.isnan(out[:, dim:]).all(), "the next head was written to"
+    return out[:, :dim]
 
 
-def _attend_reference(query: Floats, keys: Floats, values: Floats) -> Floats:
-    scores = keys.astype(np.float64) @ query / np.sqrt(query.size)
-    shares = np.exp(scores - scores.max())
-    return (shares @ values / shares.sum()).astype(np.float32)
+def _attend_reference(queries: Floats, lengths: tuple[int, ...], keys: Floats, values: Floats) -> Floats:
+    scores = queries.astype(np.float64) @ keys.T / np.sqrt(queries.shape[1])
+    scores[np.arange(len(keys)) >= np.array(lengths)[:, None]] = -np.inf
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return (shares @ values / shares.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _contexts() -> Iterator[tuple[Floats, Floats, Floats]]:
+def _contexts() -> Iterator[tuple[Floats, tuple[int, ...], Floats, Floats]]:
+    """Queries of one token and of four; panels and columns in pairs and alone, whole and with a rest."""
     random = np.random.default_rng(11)
-    for length, dim in ((1, 2), (15, 6), (16, 64), (63, 24), (200, 128)):
-        scale = np.float32(3)
-        query = scale * random.standard_normal(dim).astype(np.float32)
-        yield query, *random.standard_normal((2, length, dim)).astype(np.float32)
+    for lengths, dim in (
+        ((1, 1, 1, 1), 2), ((12, 13, 14, 15), 6), ((16, 16, 16, 16), 64), ((16, 17, 17, 17), 32),
+        ((61, 62, 63, 63), 24), ((197, 198, 199, 200), 128),
+    ):  # fmt: skip
+        queries = np.float32(3) * random.standard_normal((4, dim)).astype(np.float32)
+        yield queries, lengths, *random.standard_normal((2, lengths[-1], dim)).astype(np.float32)
 
 
 def _rotate(x: Floats, angles: Floats) -> Floats:

@@ -259,6 +259,14 @@ def _rotate_and_cache(
             cache_position(shared[KEY] + at, shared[VALUE] + at, keys, values, start + t, dim, sizes[VALUE_ROW])
 
 
+@njit(**INLINE)
+def _query(sizes: np.ndarray, tokens: int, start: int, group: int, kv_head: int, item: int) -> tuple[int, int]:
+    """Where the query of one item lies, bytes from the first, and its positions; behind the last item the last."""
+    item = min(item, group * tokens - 1)
+    t = item // group
+    return 4 * (sizes[QUERY_WIDTH] * t + sizes[HEAD_DIM] * (kv_head * group + item % group)), start + t + 1
+
+
 @njit(**JIT)
 def _attention(
     sizes: np.ndarray,
@@ -267,26 +275,30 @@ def _attention(
     layer: int,
     tokens: int,
     start: int,
-    thread: int,
+    words: int,
     threads: int,
 ) -> None:
-    """Every query head of every token against the positions up to its own; heads of a group stay together."""
-    heads, kv_heads, dim = sizes[HEADS], sizes[KV_HEADS], sizes[HEAD_DIM]
-    first, stop = _share(heads * tokens, thread, threads)
-    for item in range(first, stop):
-        head, t = item // tokens, item % tokens
-        place = (layer * kv_heads + head // (heads // kv_heads)) * sizes[CAPACITY]
-        at = 4 * (sizes[QUERY_WIDTH] * t + dim * head)
-        attend(
-            shared[QUERY] + at,
-            shared[KEYS] + 4 * dim * place,
-            shared[VALUES] + sizes[VALUE_ROW] * place,
-            start + t + 1,
-            dim,
-            sizes[VALUE_ROW],
-            own[OWN_SCORES],
-            shared[MIXED] + at,
-        )
+    """Every query head of every token against the positions up to its own: four queries of a key-value head at once."""
+    kv_heads, dim = sizes[KV_HEADS], sizes[HEAD_DIM]
+    group = sizes[HEADS] // kv_heads
+    fours = (group * tokens + 3) // 4
+    while True:
+        first, stop = _claim(words, kv_heads * fours, True, threads)
+        if first >= stop:
+            break
+        for item in range(first, stop):
+            kv_head, four = item // fours, item % fours
+            place = (layer * kv_heads + kv_head) * sizes[CAPACITY]
+            a, m = _query(sizes, tokens, start, group, kv_head, 4 * four)
+            b, n = _query(sizes, tokens, start, group, kv_head, 4 * four + 1)
+            c, o = _query(sizes, tokens, start, group, kv_head, 4 * four + 2)
+            d, p = _query(sizes, tokens, start, group, kv_head, 4 * four + 3)
+            query, mixed = shared[QUERY], shared[MIXED]
+            attend(
+                (query + a, query + b, query + c, query + d), (m, n, o, p),
+                shared[KEYS] + 4 * dim * place, shared[VALUES] + sizes[VALUE_ROW] * place, dim, sizes[VALUE_ROW],
+                own[OWN_SCORES], (mixed + a, mixed + b, mixed + c, mixed + d),
+            )  # fmt: skip
 
 
 @njit(**JIT)
@@ -393,7 +405,7 @@ def _layer(
     _meet(clock, _INPUTS, words, threads, spins)
     _rotate_and_cache(sizes, shared, layer, tokens, start, thread, threads)
     _meet(clock, _ROPE, words, threads, spins)
-    _attention(sizes, shared, own, layer, tokens, start, thread, threads)
+    _attention(sizes, shared, own, layer, tokens, start, words, threads)
     _meet(clock, _ATTEND, words, threads, spins)
 
     mixed = shared[MIXED]
