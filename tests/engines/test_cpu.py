@@ -33,9 +33,9 @@ def _distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Untrained models of the bundled one's shape: floats, one quantised type, and the types of Q4_K_M."""
+    """Untrained models of the bundled one's shape: two float types, a quantised one, and the types of Q4_K_M."""
     folder = tmp_path_factory.mktemp("models")
-    made = {"f32": "f32", "q8_0": "q8_0", "mixed": "q4_k_m"}
+    made = {"f32": "f32", "bf16": "bf16", "q8_0": "q8_0", "mixed": "q4_k_m"}
     for kind, dtype in made.items():
         synthesise("pygmy", format="gguf", dtype=dtype, tokenizer=None, seed=3, out=folder / f"{kind}.gguf")
     return {kind: folder / f"{kind}.gguf" for kind in made}
@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("precision", ["exact", "speed"])
 @pytest.mark.parametrize("path", available_paths())
-@pytest.mark.parametrize("kind", ["f32", "q8_0", "mixed"])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "mixed"])
 def test_logits_and_trace_follow_the_reference(models: dict[str, Path], kind: str, path: str, precision: str) -> None:
     """Every mandatory name, of a prompt with a rest behind its tiles; the trace leaves the logits' bits alone."""
     validated = admit(models[kind]).require()
@@ -85,12 +85,13 @@ def test_a_cache_grows_and_may_begin_anywhere(models: dict[str, Path]) -> None:
     assert cache.length == 209
 
 
-def test_threads_do_not_change_bits(models: dict[str, Path]) -> None:
+@pytest.mark.parametrize("kind", ["bf16", "mixed"])
+def test_threads_do_not_change_bits(models: dict[str, Path], kind: str) -> None:
     """Rows, heads and panels are shared, sums are not."""
     cores = features.available_cores()
     if cores < 2:
         pytest.skip("NOT_RUN: one core")
-    engine = CpuQwen2(admit(models["mixed"]).require(), "speed", threads=1)
+    engine = CpuQwen2(admit(models[kind]).require(), "speed", threads=1)
     ids = np.random.default_rng(3).integers(0, engine.config.vocab_size, 19)
     alone, step = engine.forward(ids), engine.forward(ids[:1])
     engine.use_threads(2)
@@ -98,6 +99,27 @@ def test_threads_do_not_change_bits(models: dict[str, Path]) -> None:
     np.testing.assert_array_equal(engine.forward(ids), alone)
     np.testing.assert_array_equal(engine.forward(ids[:1]), step)
     assert engine.threads == 2
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "mixed"])
+def test_the_cut_of_a_prompt_does_not_change_bits(models: dict[str, Path], kind: str) -> None:
+    """Tokens meet in eights and queries in fours, wherever a part begins."""
+    engine = CpuQwen2(admit(models[kind]).require(), "speed", threads=1)
+    ids, cache = np.random.default_rng(5).integers(0, engine.config.vocab_size, 41), engine.new_cache()
+    parts = [engine.forward(ids[first:stop], cache) for first, stop in ((0, 13), (13, 15), (15, 38), (38, 41))]
+    np.testing.assert_array_equal(np.concatenate(parts), engine.forward(ids))
+
+
+@pytest.mark.parametrize("path", available_paths())
+def test_a_prompt_in_bf16_is_rounded_in_speed_alone(models: dict[str, Path], path: str) -> None:
+    """Its activations are, as llama.cpp's; a step's are not, nor those of `exact`; both paths round alike."""
+    validated = admit(models["bf16"]).require()
+    reference, ids = Qwen2(validated), np.random.default_rng(6).integers(0, 1000, 16)
+    speed, exact = (CpuQwen2(validated, precision, path=path, threads=1) for precision in ("speed", "exact"))
+    expected = reference.forward(ids)
+    assert 1e-4 < _distance(speed.forward(ids), expected) < LIMITS["speed"]
+    assert _distance(exact.forward(ids), expected) < LIMITS["exact"]
+    np.testing.assert_array_equal(speed.forward(ids[:1]), exact.forward(ids[:1]))
 
 
 def test_the_last_logits_alone(models: dict[str, Path]) -> None:
@@ -120,6 +142,34 @@ def test_pygmy_answers_as_the_reference_does(pygmy: Path) -> None:
         answers.append(list(generate(model, prepared, max_new_tokens=12)))
     assert answers[1] == answers[0]
     assert answers[2] == answers[0]
+
+
+def test_a_nan_reaches_no_token_before_it(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries are met in fours; what a later one sees must not be multiplied by zero for an earlier one."""
+    engine = CpuQwen2(admit(models["f32"]).require(), "exact", threads=1)
+    right, ids = engine.weights.embed, np.arange(1, 8)
+    expected = engine.forward(ids)
+
+    def embed(ids: np.ndarray) -> np.ndarray:
+        found = right(ids)
+        found[5] = np.nan
+        return found
+
+    monkeypatch.setattr(engine.weights, "embed", embed)
+    found = engine.forward(ids)
+    np.testing.assert_array_equal(found[:5], expected[:5])
+    assert np.isnan(found[5:]).all()
+
+
+def test_nothing_is_written_behind_the_last_token(models: dict[str, Path]) -> None:
+    """Three tokens of two heads per group make six queries, and two fours."""
+    engine = CpuQwen2(admit(models["f32"]).require(), "exact", threads=1)
+    assert engine.config.num_attention_heads == 2 * engine.config.num_key_value_heads
+    engine.forward(np.arange(3))
+    mixed = engine._buffers[step.MIXED]
+    assert len(mixed) == 8
+    assert mixed[:3].any(axis=1).all()
+    assert not mixed[3:].any()
 
 
 def test_a_nan_reaches_the_logits(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,9 +143,7 @@ def _keep_tile(sums: codes.Chunks, out: int, stride: int) -> None:
 
 
 @njit(**INLINE)
-def _tile_whole(
-    mode: vec.Mode, w: int, blocks: int, zero: int, minima: bool, x: int, out: int, stride: int
-) -> None:
+def _tile_whole(mode: vec.Mode, w: int, blocks: int, zero: int, minima: bool, x: int, out: int, stride: int) -> None:
     """Eight tokens times one unpacked panel; ``stride`` is the bytes from a token's results to the next one's."""
     sums = _zeros()
     for _ in range(blocks):

@@ -366,7 +366,9 @@ def _gated(
             break
         for m in range(2):
             out = shared[GATED + m]
-            _multiply(mode, matrices[GATE + m], first, stop, tokens, single, tiles, normed, rounded, scratch, out, width)
+            _multiply(
+                mode, matrices[GATE + m], first, stop, tokens, single, tiles, normed, rounded, scratch, out, width
+            )
         for t in range(tokens):
             at = 4 * width * t
             swiglu(shared[GATED] + at, shared[UPPER] + at, shared[INNER] + at, first, stop)

@@ -16,6 +16,7 @@ The byte order is little-endian throughout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -368,9 +369,31 @@ f16_value = _define(_float, (_int,), _f16_value)
 # ---- what depends on the path
 
 
+def _dot(builder: Any, name: str, total: Any, x: Any, y: Any, elements: ir.VectorType) -> Any:
+    """Call a dot product of LLVM's; older versions of it take the operands as integers."""
+    kind = elements if _accepts(name, total.type, elements) else _INTS
+    return _call(builder, name, total.type, total, builder.bitcast(x, kind), builder.bitcast(y, kind))
+
+
+@functools.cache
+def _accepts(name: str, result: ir.VectorType, operand: ir.VectorType) -> bool:
+    """Ask LLVM itself, by a module with nothing but the call."""
+    arguments = f"({result} %a, {operand} %b, {operand} %b)"
+    text = f"""
+        declare {result} @{name}({result}, {operand}, {operand})
+        define {result} @f({result} %a, {operand} %b) {{
+            %c = call {result} @{name}{arguments}
+            ret {result} %c
+        }}"""
+    try:
+        binding.parse_assembly(text).verify()
+    except RuntimeError:  # of another signature
+        return False
+    return True
+
+
 def _dot_vnni(builder: Any, total: Any, codes: Any, digits: Any) -> Any:
-    pair = (builder.bitcast(codes, _BYTES64), builder.bitcast(digits, _BYTES64))
-    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, total, *pair)
+    return _dot(builder, "llvm.x86.avx512.vpdpbusd.512", total, codes, digits, _BYTES64)
 
 
 def _multiply_add(builder: Any, x: Any, y: Any) -> Any:
@@ -403,13 +426,8 @@ class _Bfloat(ir.Type):
         return hash(_Bfloat)
 
 
-# What the instruction takes: until LLVM 15 the pairs as integers.
-_PAIRS = ir.VectorType(_Bfloat(), 32) if binding.llvm_version_info[0] > 15 else _INTS
-
-
 def _pairs_native(builder: Any, total: Any, x: Any, y: Any) -> Any:
-    pair = (builder.bitcast(x, _PAIRS), builder.bitcast(y, _PAIRS))
-    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, *pair)
+    return _dot(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total, x, y, ir.VectorType(_Bfloat(), 32))
 
 
 def _pairs_portable(builder: Any, total: Any, x: Any, y: Any) -> Any:

@@ -44,6 +44,23 @@ def test_without_numba_there_is_no_path(monkeypatch: pytest.MonkeyPatch) -> None
         features.choose_path()
 
 
+@pytest.mark.parametrize(("name", "ahead"), [("znver5", 4096), ("znver4", 0), ("generic", 0)])
+def test_memory_is_asked_for_ahead_where_that_was_measured(
+    name: str, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the processor that needs it, not on the one that it hurts, and on no other."""
+    from llvmlite import binding
+
+    monkeypatch.setattr(binding, "get_host_cpu_name", lambda: name)
+    assert features.bytes_ahead.__wrapped__() == ahead
+
+
+def test_nothing_is_asked_for_ahead_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nobody to say which processor this is."""
+    monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
+    assert features.bytes_ahead.__wrapped__() == 0
+
+
 def test_instructions_are_empty_where_nobody_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """No llvmlite, or a processor that it does not know: no instruction is assumed."""
     features.instructions.cache_clear()

@@ -27,6 +27,15 @@ def test_a_panel_by_hand() -> None:
     assert (panel[32:] == 0x80).sum() == 511
 
 
+def test_a_panel_of_pairs_by_hand() -> None:
+    """BF16: row 3, columns 4 and 5 are the halves of lane 3 of pair 2; an odd last column has nothing beside it."""
+    rows = np.zeros((16, 7), np.uint16)
+    rows[3, 4:7] = 0xABCD, 0x1234, 0x5678
+    panel = pack_reference(FORMATS["BF16"], rows.view(np.uint8).reshape(-1), 16, 7).view(np.uint16)
+    assert panel.size == 16 * 32
+    assert panel.reshape(16, 16, 2)[2:4, 3].tolist() == [[0xABCD, 0x1234], [0x5678, 0]]
+
+
 def test_bytes_that_do_not_fit_the_shape_are_refused() -> None:
     """The compiled code checks no bounds."""
     data = example_bytes(FORMATS["Q4_0"], 16, 32, 0)
