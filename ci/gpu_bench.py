@@ -198,7 +198,12 @@ def correct(setup: Setup) -> Iterator[Record]:
         if key[2] == "cuda" and (not setup.formats or key[1] in setup.formats)
     }
     examples = [(key, kernel, arguments) for key, kernel in chosen.items() for arguments in kernel.examples()]
-    ahead(setup, lambda: [tried(kernel.run, *arguments) for _, kernel, arguments in examples])
+
+    def launch() -> None:
+        for _, kernel, arguments in examples:
+            tried(kernel.run, *arguments)
+
+    ahead(setup, launch)
     for key, kernel, arguments in examples:
         found, expected = (np.asarray(f(*arguments), np.float64) for f in (kernel.run, kernel.reference))
         distance = float(np.linalg.norm(found - expected) / (np.linalg.norm(expected) or 1.0))
@@ -311,11 +316,15 @@ def beside(setup: Setup, engine: GpuQwen2, slot: Any, ids: Any) -> dict[str, Any
     def prompt() -> float:
         return float(ids.size / seconds(setup, lambda: engine.forward_last(ids)))
 
+    def step(decode: Callable[[], object]) -> None:
+        reset(engine, PROMPT)
+        decode()
+
     def eager() -> float:
-        return 1 / seconds(setup, lambda: (reset(engine, PROMPT), engine._decode(slot)))
+        return 1 / seconds(setup, lambda: step(lambda: engine._decode(slot)))
 
     def kernels() -> dict[str, float]:
-        return by_kernel(lambda: (reset(engine, PROMPT), slot.replay()))
+        return by_kernel(lambda: step(slot.replay))
 
     measured: dict[str, Any] = {}
     with torch.inference_mode():
@@ -422,13 +431,13 @@ def transformers(shape: str, setup: Setup) -> Iterator[Record]:
 def figures(setup: Setup) -> Iterator[Record]:
     """Put what was predicted beside what was measured; the figures are an H200's, and judge no other device."""
     rates = setup.rates
-    expected = [(f"{shape}-{dtype}-speed", "", figure) for (shape, dtype), figure in FIGURES.items()]
+    expected = [(f"{shape}-{dtype}-speed", "", float(figure)) for (shape, dtype), figure in FIGURES.items()]
     for shape, dtype in FIGURES:
         name = f"{shape}-{dtype}"
         expected.append((f"{name}-exact", f"{name}-speed", 1 / EXACT_OVER_SPEED))
         expected += [(f"{name}-speed", f"{name}-{peer}", ratio) for peer, ratio in OVER_PEERS.items()]
     expected.append((f"{LARGE}-bf16-speed-read_gb_s", "read_gb_s", SHARE))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"what": what, "over": over, "measured": rates[what] / (rates[over] if over else 1), "at_least": least}
         for what, over, least in expected
         if what in rates and (not over or over in rates)

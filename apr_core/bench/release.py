@@ -161,8 +161,8 @@ def _cell(subject: Subject, path: Path, device: str) -> Row:
 def _judged(subject: Subject, copy: Subject, device: str) -> Row:
     spoken = answers(subject, build(copy.admission, device=device, precision=fastest_precision(device)), "")
     ids = subject.stimulus(min(POSITIONS, subject.model.config.max_position_embeddings)).ids
-    copy.__dict__["model"] = strict = _strict(subject, copy, device)  # in place of the torch reference of the copy
-    pair = hold(subject, copy, ids, min(PREFILL, ids.size))
+    strict = _strict(subject, copy, device)
+    pair = hold(subject, copy, ids, min(PREFILL, ids.size), strict)
     # an engine that fell back in silence would agree with the CPU; how it packs its weights is its own affair
     doubt = attest(strict, ids, expected_bytes=1).doubt if device == "cuda" else ""
     wrong = int(spoken.value or 0)

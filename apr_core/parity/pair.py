@@ -20,7 +20,7 @@ from apr_core.falsify.verdict import Verdict
 from apr_core.formats import names
 from apr_core.formats.checkpoint import Checkpoint
 from apr_core.model.generate import follow
-from apr_core.model.trace import Trace, mandatory_names
+from apr_core.model.trace import Trace, TracedForward, mandatory_names
 from apr_core.parity.compare import LOGITS, ParityReport, compare
 from apr_core.parity.distribution import F64, DistributionParity, resampled
 from apr_core.parity.floor import noise_floor, path
@@ -155,14 +155,15 @@ def incomparable(reference: Subject, candidate: Subject) -> str:
     for side, subject in (("reference", reference), ("candidate", candidate)):
         if subject.refusal is not None:
             return f"the {side} was refused: {subject.refusal}"
-    sizes = reference.model.config.vocab_size, candidate.model.config.vocab_size
-    if sizes[0] != sizes[1]:
-        return f"a vocabulary of {sizes[1]} cannot be held against one of {sizes[0]}; see F-GT-011"
-    layers = reference.model.config.num_hidden_layers, candidate.model.config.num_hidden_layers
-    return f"{layers[1]} layers cannot be held against {layers[0]}" if layers[0] != layers[1] else ""
+    one, other = reference.admission.require().geometry, candidate.admission.require().geometry
+    if one.vocab_size != other.vocab_size:
+        return f"a vocabulary of {other.vocab_size} cannot be held against one of {one.vocab_size}; see F-GT-011"
+    if one.num_hidden_layers != other.num_hidden_layers:
+        return f"{other.num_hidden_layers} layers cannot be held against {one.num_hidden_layers}"
+    return ""
 
 
-def hold(first: Subject, second: Subject, ids: Ids, prompt: int) -> Pair:
+def hold(first: Subject, second: Subject, ids: Ids, prompt: int, engine: TracedForward | None = None) -> Pair:
     """
     Hold two files against each other, teacher-forced through the cache.
 
@@ -171,6 +172,7 @@ def hold(first: Subject, second: Subject, ids: Ids, prompt: int) -> Pair:
         second: The candidate.
         ids: What both are fed.
         prompt: Tokens of the prefill; each further one is a cached step.
+        engine: What runs the second, in place of the torch reference.
     """
     why_not = incomparable(first, second)
     if why_not:
@@ -178,7 +180,8 @@ def hold(first: Subject, second: Subject, ids: Ids, prompt: int) -> Pair:
     control = first.checkpoint.content_hash == second.checkpoint.content_hash
     turned = bits_per_weight(second.checkpoint) > bits_per_weight(first.checkpoint)
     reference, candidate = (second, first) if turned else (first, second)
-    truth, found = (follow(side.model, ids, prompt, full=True) for side in (reference, candidate))
+    models = {first: first.model, second: engine or second.model}
+    truth, found = (follow(models[side], ids, prompt, full=True) for side in (reference, candidate))
     if same_weights(reference, candidate):
         floor = noise_floor(reference.admission.require(), path(ids, prompt))
         tau: float | F64 = decisive_margin(truth["logits"], floor.limits["logits"])
