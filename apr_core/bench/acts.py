@@ -21,7 +21,7 @@ from apr_core.bench.profile import profile_model, shortfall
 from apr_core.bench.roofline import architecture_bytes, bytes_per_token
 from apr_core.bench.throughput import Plan, couple, measure
 from apr_core.bench.timing import clock_tick_s
-from apr_core.bench.versus import Comparison, cost_of_rounding, interleave, open_peers, rounds_activations
+from apr_core.bench.versus import Comparison, cost_of_rounding, interleave, open_peers
 from apr_core.contract.layout import HEAD, Geometry
 from apr_core.engines.load import load_model
 from apr_core.engines.subject import Subject
@@ -31,6 +31,7 @@ from apr_core.falsify.verdict import NotRun, Verdict, holds
 from apr_core.kernels.cpu.features import available_cores
 from apr_core.model.trace import TracedForward, last_logits
 from apr_core.parity.acts import decision_limit
+from apr_core.parity.floor import Rounding, rounding
 from apr_core.peers.rates import RatedPeer, peer_kind
 
 Floats = NDArray[np.float32]
@@ -51,7 +52,7 @@ class TimedRun:
     Attributes:
         run: Samples, ceiling and peers, in turns.
         device: Where the engine ran, by its own word.
-        rounds: Whether it rounds activations to 8 bits.
+        rounds: How it rounds activations on purpose; None where it does not.
         prompt: int64 [tokens].
         untimed: Logits of the last prompt token, of a forward that nobody timed.
         profile: The time of a token by operation.
@@ -62,7 +63,7 @@ class TimedRun:
 
     run: Comparison
     device: str
-    rounds: bool
+    rounds: Rounding | None
     prompt: Ints
     untimed: Floats
     profile: Mapping[str, Any]
@@ -147,7 +148,7 @@ def time_engine(
     return TimedRun(
         run=run,
         device=engine.device,
-        rounds=rounds_activations(engine),
+        rounds=rounding(subject.admission.require(), getattr(engine, "precision", "exact"), engine.device),
         prompt=prompt,
         untimed=untimed,
         profile=profile_model(engine, subject.admission, short, threads=threads),
@@ -341,7 +342,7 @@ def cuda_tokens_are_right(subject: Subject) -> Finding:
     plan = Plan(plan.prefill, plan.decode, plan.repeats)
     prompt = subject.stimulus(plan.prefill).ids
     tokens = measure(cuda, prompt, plan).tokens
-    found = {answer: _couple(subject, prompt, answer, rounds=False) for answer in set(tokens)}
+    found = {answer: _couple(subject, prompt, answer) for answer in set(tokens)}
     elsewhere = "" if cuda.device.startswith("cuda") else f"the CUDA side ran on {cuda.device}"
     return _right_tokens(plan, tokens, found, "the same model on the CPU", elsewhere)
 
@@ -444,11 +445,13 @@ def _judged(subject: Subject, made: TimedRun) -> Mapping[tuple[int, ...], tuple[
     """Judge each different answer once."""
     answers = set(made.run.timed.tokens)
     for answer in answers - set(made.judged):
-        made.judged[answer] = _couple(subject, made.prompt, answer, rounds=made.rounds)
+        made.judged[answer] = _couple(subject, made.prompt, answer, made.rounds)
     return {answer: made.judged[answer] for answer in answers}
 
 
-def _couple(subject: Subject, prompt: Ints, answer: tuple[int, ...], *, rounds: bool) -> tuple[list[int], int]:
+def _couple(
+    subject: Subject, prompt: Ints, answer: tuple[int, ...], place: Rounding | None = None
+) -> tuple[list[int], int]:
     """
     Judge an answer by the limit of float32; what rounding explains in this model is measured only where that fails.
 
@@ -457,7 +460,7 @@ def _couple(subject: Subject, prompt: Ints, answer: tuple[int, ...], *, rounds: 
     found = couple(subject.model, prompt, answer, 0.0)
     if not found[0]:
         return found
-    moved = cost_of_rounding(subject.admission, subject.model) if rounds else 0.0
+    moved = 0.0 if place is None else cost_of_rounding(subject.admission, subject.model, place)
     return couple(subject.model, prompt, answer, moved, decision_limit(subject))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,12 @@ from apr_core.bench.roofline import ceiling_of
 from apr_core.bench.throughput import Plan, Throughput, measure
 from apr_core.bench.timing import Samples
 from apr_core.contract.admit import Admission
-from apr_core.dtypes import FORMATS
 from apr_core.errors import Unavailable
 from apr_core.model.trace import TracedForward
 from apr_core.peers.rates import RatedPeer, Rates, median_ratio, open_peer
+
+if TYPE_CHECKING:
+    from apr_core.parity.floor import Rounding
 
 _PROMPTS = 3
 
@@ -170,24 +172,17 @@ def interleave(
     return Comparison(timed, threads, read_bytes, np.array(ceiling.samples), met, absent or {})
 
 
-def rounds_activations(model: TracedForward) -> bool:
-    """Say whether an engine multiplies 8-bit activations: in ``speed``, with a weight that is stored in blocks."""
-    weights, mode = getattr(model, "weights", None), getattr(model, "precision", "")
-    return mode == "speed" and any(not FORMATS[kind].plain for kind in weights.types.values())  # type: ignore[union-attr]
-
-
-def cost_of_rounding(admission: Admission, reference: TracedForward) -> float:
+def cost_of_rounding(admission: Admission, reference: TracedForward, place: Rounding) -> float:
     """
-    Measure how far the reference's own logits move when its activations are rounded to 8 bits; nat, the largest.
+    Measure how far the reference's own logits move when its activations are rounded as a place does; nat, the largest.
 
     On a few prompts of drawn tokens: what an engine of that arithmetic may do, and no more.
     """
     from apr_core.model.linear import Weights
     from apr_core.model.qwen2 import Qwen2
-    from apr_core.parity.floor import EightBit
 
     validated = admission.require()
-    rounded = Qwen2(validated, weights=Weights(validated, EightBit()))
+    rounded = Qwen2(validated, weights=Weights(validated, place))
     most = 0.0
     for seed in range(_PROMPTS):
         ids = np.random.default_rng(seed).integers(0, reference.config.vocab_size, 16)

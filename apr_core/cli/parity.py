@@ -326,7 +326,7 @@ def _candidate(report: SuiteReport, precision: str, bench: Bench) -> dict[str, A
     parts = []
     for part in report.parts:
         far = part.name if part.name.startswith("far") else "near"
-        limits = bench.limits(far, rounding=report.rounding)
+        limits = bench.limits(far, report.rounding)
         names = part.report.names.values() if part.report else ()
         parts.append(
             {

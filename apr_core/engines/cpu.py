@@ -3,7 +3,8 @@ Qwen2 on the CPU, compiled: the stored types multiplied as they are, and one cal
 
 Two precisions, two objects of one class: ``speed`` rounds activations to 8 bits before each product, as llama.cpp does;
 ``exact`` keeps 24 bits, as many as float32 has. Everything else (residual, norms, RoPE, softmax, the cache) is float32
-in both. Float weights meet float32 activations in either.
+in both. F16 and F32 weights meet float32 activations in either; in ``speed`` BF16 meets them rounded to bfloat16 where
+several tokens are multiplied at once.
 
 Exactness: ``exact`` follows the reference to about 1e-6 in rel_l2; ``speed`` to about 1e-2 (parity holds both to their
     own limits). Results do not depend on the number of threads, nor on how a prompt of several tokens is cut.

@@ -21,7 +21,7 @@ from apr_core.model.trace import Trace, TracedForward, mandatory_names
 from apr_core.parity import explain
 from apr_core.parity.compare import LOGITS, ParityReport, compare
 from apr_core.parity.distribution import DistributionParity, top_margin
-from apr_core.parity.floor import FACTOR, Floor, honest_floor, noise_floor, path, rounds
+from apr_core.parity.floor import FACTOR, Floor, honest_floor, noise_floor, path, rounding
 from apr_core.parity.pair import Yardstick, incomparable, yardstick
 from apr_core.parity.tolerances import CONTRACT, QUANTISED_TAU, allowed, decisive_margin, flip_budget
 
@@ -281,7 +281,7 @@ def backend_rows(subject: Subject) -> list[dict[str, object]]:
     """
     Hold every other engine of this processor against the reference on one prefill; nothing for a refused model.
 
-    On block types `speed` rounds activations to 8 bits on purpose: held to what that costs the reference (0012).
+    Where `speed` rounds activations on purpose it is held to what that costs the reference (0012).
     """
     if subject.refusal is not None:
         return []
@@ -289,8 +289,8 @@ def backend_rows(subject: Subject) -> list[dict[str, object]]:
     run, names = path(ids, ids.size), mandatory_names(subject.model.config.num_hidden_layers)
     truth = run(subject.model)
     for precision in sorted(p for p, device in ENGINES if device == "cpu" and p != "reference"):
-        rounding = rounds(validated, precision, "cpu")
-        limits = (noise_floor(validated, run, "speed") if rounding else floor(subject)).limits
+        place = rounding(validated, precision, "cpu")
+        limits = (floor(subject) if place is None else noise_floor(validated, run, place)).limits
         try:
             found = run(build(subject.admission, precision=precision))
         except (Unavailable, LoadError) as error:

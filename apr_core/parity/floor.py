@@ -2,9 +2,10 @@
 The noise floor: how far the reference is from itself when only rounding differs.
 
 Three ways to round otherwise, none of which touches a candidate: another order of summation (each product in pieces),
-another number of threads, and float64 in place of float32. For an engine that rounds its activations to 8 bits on
-purpose there is a fourth: the reference with its activations rounded so. A limit is a multiple of the largest distance
-that any of them shows, name by name, because the floor of a key in the first layer is a tenth of that of the logits.
+another number of threads, and float64 in place of float32. For an engine that rounds its activations on purpose
+(`rounding` says how) there is a fourth: the reference with its activations rounded so. A limit is a multiple of the
+largest distance that any of them shows, name by name, because the floor of a key in the first layer is a tenth of that
+of the logits.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apr_core.contract.types import ValidatedModel
+from apr_core.contract.types import ValidatedModel, ValidatedWeight
 from apr_core.engines.plain import PlainQwen2
+from apr_core.kernels.cpu.panels import LAYOUTS
 from apr_core.model.generate import follow
 from apr_core.model.linear import Place, Weights
 from apr_core.model.qwen2 import Qwen2
@@ -38,8 +41,16 @@ BLOCK = 32
 Run = Callable[[TracedForward], Trace]
 
 
-class EightBit(Place):
+class Rounding(Place):
+    """Products of activations that are rounded on purpose; ``name`` says how."""
+
+    name: ClassVar[str]
+
+
+class EightBit(Rounding):
     """Products of activations that are rounded to 8 bits, one scale per block of 32, as integer kernels take them."""
+
+    name = "activations of 8 bits"
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Round ``x``, then multiply."""
@@ -47,6 +58,16 @@ class EightBit(Place):
         blocks = torch.nn.functional.pad(x, (0, -width % BLOCK)).reshape(*x.shape[:-1], -1, BLOCK)
         step = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / 127
         return super().product(((blocks / step).round() * step).flatten(-2)[..., :width], weight, bias)
+
+
+class BFloat16(Rounding):
+    """Products of activations that are rounded to bfloat16, as a dot product of pairs takes them."""
+
+    name = "activations in bfloat16"
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Round ``x``, then multiply."""
+        return super().product(x.to(torch.bfloat16).to(x.dtype), weight, bias)
 
 
 @dataclass(frozen=True)
@@ -84,13 +105,13 @@ class Floor:
         ]
 
 
-def variants(validated: ValidatedModel, precision: str = "exact") -> dict[str, Callable[[], TracedForward]]:
+def variants(validated: ValidatedModel, place: Rounding | None = None) -> dict[str, Callable[[], TracedForward]]:
     """
     Name the reference's other roundings, each built when it is called.
 
     Args:
         validated: The model.
-        precision: ``speed`` adds activations of 8 bits; what is not ``speed`` is held to float32.
+        place: How activations are rounded in one more of them; None where they are not.
     """
 
     def at(place: Place) -> Callable[[], TracedForward]:
@@ -101,34 +122,40 @@ def variants(validated: ValidatedModel, precision: str = "exact") -> dict[str, C
         "sums in 2 pieces": at(Place(parts=2)),
         "float64": at(Place(dtype=torch.float64)),
     }
-    return found | ({"activations of 8 bits": at(EightBit())} if precision == "speed" else {})
+    return found if place is None else found | {place.name: at(place)}
 
 
-def rounds(validated: ValidatedModel, precision: str, device: str) -> bool:
+def rounding(validated: ValidatedModel, precision: str, device: str) -> Rounding | None:
     """
-    Say whether an engine of this precision rounds on purpose, and owes what that costs the reference.
+    Say how an engine of this precision rounds activations on purpose, and so what it owes; None where it does not.
 
-    On the CPU `speed` rounds activations to 8 bits against weights in blocks alone: float weights meet float32, where
-    8-bit limits would excuse anything. On a device it keeps keys and values in float16 whatever the weights are.
+    On the CPU `speed` rounds to 8 bits against weights in blocks, and to bfloat16 against BF16 (several tokens at once;
+    one alone meets it in float32). F16, F32 and what is widened to F32 for want of a kernel meet float32, where other
+    limits would excuse anything. On a device it keeps keys and values in float16 whatever the weights are.
     """
-    blocks = any(tensor.raw.info.dtype.block_elements > 1 for tensor in validated.tensors.values())
-    return precision == "speed" and (blocks or device != "cpu")
+    if precision != "speed":
+        return None
+    matrices = [tensor for tensor in validated.tensors.values() if isinstance(tensor, ValidatedWeight)]
+    types = {tensor.raw.info.dtype.name for tensor in (*matrices, validated.head)} & LAYOUTS.keys()
+    if device != "cpu" or any(LAYOUTS[name].zero is not None for name in types):
+        return EightBit()
+    return BFloat16() if "BF16" in types else None
 
 
-def noise_floor(validated: ValidatedModel, run: Run, precision: str = "exact") -> Floor:
+def noise_floor(validated: ValidatedModel, run: Run, place: Rounding | None = None) -> Floor:
     """
     Measure how far the reference is from itself.
 
     Args:
         validated: The model.
         run: What is traced, e.g. a prefill and cached steps; called once per variant.
-        precision: As `variants`.
+        place: As `variants`.
 
     Cost: one more copy of the weights in memory, and five forwards.
     """
     reference = Qwen2(validated)
     truth = run(reference)
-    measured = {name: _distance(truth, run(make())) for name, make in variants(validated, precision).items()}
+    measured = {name: _distance(truth, run(make())) for name, make in variants(validated, place).items()}
     with _threads(2 if torch.get_num_threads() == 1 else 1) as count:
         measured[f"{count} threads" if count > 1 else "1 thread"] = _distance(truth, run(reference))
     return Floor(measured)

@@ -20,7 +20,7 @@ from apr_core.errors import UsageError
 from apr_core.falsify.verdict import Verdict
 from apr_core.parity.compare import LOGITS, compare_rows
 from apr_core.parity.distribution import log_softmax
-from apr_core.parity.floor import FACTOR, LEAST, honest_floor, noise_floor, path
+from apr_core.parity.floor import FACTOR, LEAST, EightBit, honest_floor, noise_floor, path
 from apr_core.peers.llama_cpp import LlamaCpp
 from apr_core.peers.transformers import Transformers
 
@@ -103,7 +103,7 @@ def gather(subject: Subject, peers: Sequence[str], positions: int = POSITIONS) -
         found.append(Opinion("transformers float64", exact, LEAST, "float64"))
         found.append(Opinion("transformers float32", single, own, "float32, or its distance from its own float64"))
     if "llama.cpp" in peers:
-        price = noise_floor(validated, run, "speed").of(LOGITS)
+        price = noise_floor(validated, run, EightBit()).of(LOGITS)
         with LlamaCpp(subject.path, context=max(256, 2 * ids.size)) as peer:
             told = peer.log_probabilities(ids).astype(np.float64)
         found.append(Opinion("llama.cpp", told, price, "8-bit activations, as they cost the reference (0012)"))

@@ -25,7 +25,7 @@ from apr_core.falsify.verdict import Verdict
 from apr_core.model.generate import follow
 from apr_core.model.trace import Fingerprints, Trace, TracedForward, mandatory_names
 from apr_core.parity.compare import LOGITS, Divergence, ParityReport, compare
-from apr_core.parity.floor import Floor, Run, noise_floor, path, rounds
+from apr_core.parity.floor import Floor, Rounding, Run, noise_floor, path, rounding
 from apr_core.parity.tolerances import decisive_margin
 
 PREFILL = 64
@@ -61,14 +61,14 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class SuiteReport:
-    """Everything that the suite found about one candidate; ``rounding``: it was held to what 8-bit activations cost."""
+    """Everything that the suite found about one candidate; ``rounding``: it was held to what that costs."""
 
     backend: str
     device: str
     reference: str
     parts: Sequence[Part]
     floor: Floor
-    rounding: bool = False
+    rounding: Rounding | None = None
     control: bool = False
     notes: Sequence[str] = field(default=())
 
@@ -115,20 +115,20 @@ class Bench:
     runs: Mapping[str, Run]
     traces: Mapping[str, Trace]
     contract: float | None = None
-    _floors: dict[tuple[str, bool], Floor] = field(default_factory=dict)
+    _floors: dict[tuple[str, str], Floor] = field(default_factory=dict)
 
-    def floor(self, part: str = "near", *, rounding: bool = False) -> Floor:
-        """Measure how far the reference is from itself, with activations of 8 bits too where ``rounding``; once."""
-        key = part, rounding
+    def floor(self, part: str = "near", place: Rounding | None = None) -> Floor:
+        """Measure how far the reference is from itself, with activations rounded as ``place`` does too; once."""
+        key = part, "" if place is None else place.name
         if key not in self._floors:
-            self._floors[key] = noise_floor(self.validated, self.runs[part], "speed" if rounding else "exact")
+            self._floors[key] = noise_floor(self.validated, self.runs[part], place)
         return self._floors[key]
 
-    def limits(self, part: str, *, rounding: bool = False) -> dict[str, float]:
+    def limits(self, part: str, place: Rounding | None = None) -> dict[str, float]:
         """Limits on rel_l2 per name."""
         if self.contract is not None:
             return dict.fromkeys(self.traces[part], self.contract)
-        return self.floor(part, rounding=rounding).limits
+        return self.floor(part, place).limits
 
 
 def prepare(validated: ValidatedModel, reference: TracedForward, ids: Ids, *, contract: float | None = None) -> Bench:
@@ -156,27 +156,27 @@ def examine(bench: Bench, candidate: TracedForward, precision: str = "exact") ->
     Args:
         bench: The reference's side.
         candidate: Any backend of the same model.
-        precision: ``speed`` for one that may round on purpose (`floor.rounds` says when) and owes what that costs.
+        precision: ``speed`` for one that may round on purpose (`floor.rounding` says when) and owes what that costs.
     """
-    rounding = rounds(bench.validated, precision, candidate.device)
-    parts = list(examinations(bench, candidate, rounding=rounding))
+    place = rounding(bench.validated, precision, candidate.device)
+    parts = list(examinations(bench, candidate, place))
     control = type(candidate) is type(bench.reference) and candidate.device == bench.reference.device
-    floor = Floor({}) if bench.contract is not None else bench.floor(rounding=rounding)
+    floor = Floor({}) if bench.contract is not None else bench.floor(place=place)
     notes = [f"far {at}: beyond the context of this model" for at in FAR if f"far {at}" not in bench.traces]
     backend, device = candidate.backend, candidate.device
-    return SuiteReport(backend, device, bench.reference.backend, parts, floor, rounding, control, notes)
+    return SuiteReport(backend, device, bench.reference.backend, parts, floor, place, control, notes)
 
 
-def examinations(bench: Bench, candidate: TracedForward, *, rounding: bool = False) -> Iterator[Part]:
+def examinations(bench: Bench, candidate: TracedForward, place: Rounding | None = None) -> Iterator[Part]:
     """Yield the parts of `examine` one by one, in the order of the module's list."""
     near, mine = bench.traces["near"], follow(candidate, bench.ids, PREFILL, full=True)
-    limits = bench.limits("near", rounding=rounding)
+    limits = bench.limits("near", place)
     yield against("prefill", rows(near, 0, PREFILL), rows(mine, 0, PREFILL), limits)
     yield against("decode", rows(near, PREFILL, None), rows(mine, PREFILL, None), limits)
     for name in (name for name in bench.traces if name != "near"):
         few, start = bench.ids[: FAR_PREFILL + FAR_STEPS], int(name.split()[1])
         far = follow(candidate, few, FAR_PREFILL, start=start, full=True)
-        yield against(name, bench.traces[name], far, bench.limits(name, rounding=rounding), fewest=1)
+        yield against(name, bench.traces[name], far, bench.limits(name, place), fewest=1)
     full = follow(candidate, bench.ids, bench.ids.size, full=True)
     yield against("cached against full", rows(full, PREFILL, None), rows(mine, PREFILL, None), limits)
     single = follow(candidate, bench.ids[:PREFILL], 1, full=True)

@@ -20,6 +20,7 @@ from apr_core.errors import UsageError
 from apr_core.falsify.claims import claims_of
 from apr_core.falsify.finding import ACTS, Finding
 from apr_core.falsify.verdict import Verdict
+from apr_core.parity.floor import BFloat16
 from apr_core.peers.rates import Rates
 
 HERE = (*(f"F-THR-00{n}" for n in range(1, 9)), "F-THR-012")
@@ -90,6 +91,24 @@ def test_run_is_timed_once_and_of_the_engine_of_apr_run(timed: Subject) -> None:
     assert acts.clock_sees_a_token(timed).arrays["decode_s_per_token"].size == 5 * 31
     rows = {row["quantity"]: row["value"] for row in acts.no_faster_than_the_machine(timed).rows}
     assert {"ttft_s", "tpot_p99_s", "peak private MB", "ms: head", "share of the ceiling"} <= set(rows)
+
+
+def test_a_run_is_excused_what_its_own_rounding_costs(
+    edited: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that float32 does not explain are wrong, unless the engine rounds and the reference moves so far by it."""
+    place, asked = BFloat16(), list[object]()
+
+    def cost(admission: object, reference: object, how: object) -> float:
+        asked.append(how)
+        return 100.0
+
+    monkeypatch.setattr(acts, "cost_of_rounding", cost)
+    constant = timed_with(tokens=lambda timed: tuple((7,) * len(made) for made in timed.tokens))
+    for how, right in ((None, False), (place, True)):
+        subject = edited(lambda made, how=how: replace(constant(made), rounds=how, judged={}))
+        assert (acts.wrong_tokens(subject, acts.timed_run(subject))[0] == 0) is right
+    assert asked == [place]
 
 
 def test_plan_follows_from_size_alone() -> None:

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 
 from apr_core.bench import throughput
+from apr_core.bench.acts import time_engine
 from apr_core.bench.claimed import judge_claim, parse_claim
 from apr_core.bench.profile import profile_model, shortfall
 from apr_core.bench.roofline import StreamBandwidth
 from apr_core.bench.throughput import Plan, couple, measure, private_bytes, use_threads, warm_up
-from apr_core.bench.versus import Comparison, cost_of_rounding, interleave, open_peers, rounds_activations
+from apr_core.bench.versus import Comparison, cost_of_rounding, interleave, open_peers
 from apr_core.contract.admit import Admission, admit
 from apr_core.engines.load import build
+from apr_core.engines.subject import Subject
 from apr_core.errors import UsageError
 from apr_core.falsify.verdict import Verdict
 from apr_core.model.trace import TracedForward
+from apr_core.parity.floor import BFloat16, EightBit
 from apr_core.peers.rates import Rates
 from tests.bench.conftest import Clock, Counting
 
@@ -170,11 +173,15 @@ def test_coupling_counts_wrong_tokens_and_nothing(admission: Admission, prompt: 
     assert len(couple(reference, prompt, (7,) * 6, 100.0)[0]) == 0
 
 
-def test_rounding_is_measured_and_excuses_little(admission: Admission, fast: TracedForward) -> None:
-    """Float weights meet float activations, so the bundled model is held to float32 in either precision."""
-    assert not rounds_activations(fast)
-    assert not rounds_activations(build(admission))
-    assert 0 < cost_of_rounding(admission, build(admission)) < 1
+def test_rounding_is_measured_and_excuses_little(pygmy: Path, admission: Admission, fast: TracedForward) -> None:
+    """BF16 weights meet activations in bfloat16 in `speed` alone; that moves logits less than 8 bits would."""
+    subject = Subject(pygmy, admission, reference=None, device="cpu", seed=0, max_new_tokens=8)
+    reference, plan = build(admission), Plan(8, 2, 1)
+    for engine, place in ((fast, BFloat16), (reference, type(None))):
+        made = time_engine(subject, engine, subject.stimulus(8).ids, plan, threads=1)
+        assert type(made.rounds) is place
+    costs = [cost_of_rounding(admission, reference, place) for place in (BFloat16(), EightBit())]
+    assert 0 < costs[0] < costs[1] < 1
 
 
 class _Peer:

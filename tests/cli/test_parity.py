@@ -35,7 +35,10 @@ def test_parity_of_the_bundled_model(capsys: pytest.CaptureFixture[str], monkeyp
     assert body["positions"] == 128
     assert len(body["noise_floor"]) == len(body["candidates"][0]["names"]) == 14
     assert {m["backend"] for m in body["not_available"]} >= {"reference on cuda"}
-    assert not any("activations of 8 bits" in c["limits"] for c in body["candidates"])  # its weights are floats
+    priced = {c["precision"] for c in body["candidates"] if "activations in bfloat16" in c["limits"]}
+    assert priced == {c["precision"] for c in body["candidates"]} & {"speed"}  # its weights are BF16
+    assert not any("activations of 8 bits" in c["limits"] for c in body["candidates"])
+    assert all(p["times_limit"] is None or p["times_limit"] < 1 for c in body["candidates"] for p in c["parts"])
     # what is printed is a function of what was measured: no second run of the suite for it
     monkeypatch.setattr(parity, "examine_all", lambda *_: body)
     assert main(["parity", "pygmy"]) == 0

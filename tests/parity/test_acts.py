@@ -427,3 +427,19 @@ def test_engines_against_the_reference_and_nothing_for_a_refused_model(
     assert [row["name"] for row in acts.floor_rows(subject)][-1] == "logits"
     monkeypatch.setattr(Subject, "refusal", "F-X on t")
     assert acts.backend_rows(subject) == acts.floor_rows(subject) == []
+
+
+def test_an_engine_that_rounds_to_bfloat16_is_excused_in_speed_alone(
+    pygmy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against BF16 weights `speed` is held to what that costs the reference, `exact` to honest float32."""
+    from apr_core.model.linear import Weights
+    from apr_core.model.qwen2 import Qwen2
+    from apr_core.parity.floor import BFloat16
+
+    subject = obtain(str(pygmy), device="cpu")
+    validated = subject.admission.require()
+    rounded = Qwen2(validated, weights=Weights(validated, BFloat16()))
+    monkeypatch.setattr(acts, "build", lambda admission, precision: rounded)
+    rows = {row["engine"]: row["verdict"] for row in acts.backend_rows(subject)}
+    assert rows == {"exact": "FALSIFIED", "speed": "CORROBORATED"}

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from apr_core.contract.admit import admit
+from apr_core.dtypes import FORMATS
 from apr_core.engines.load import ENGINES, build, load_plain
 from apr_core.falsify.verdict import Verdict
+from apr_core.model.linear import Weights
+from apr_core.model.qwen2 import Qwen2
 from apr_core.model.trace import require_traced
+from apr_core.parity import floor
+from apr_core.parity.floor import BFloat16, EightBit, Rounding, rounding
 from apr_core.parity.suite import POSITIONS, Bench, examine, prepare
+from apr_core.rosetta.convert import convert
 
 HERE = [key for key in ENGINES if key[1] == "cpu"]
 REFERENCE = ("reference", "cpu")
@@ -59,26 +66,59 @@ def test_the_independent_forward_matches_too(bench: tuple[Any, Bench]) -> None:
     assert (report.verdict, report.reason, report.control) == (Verdict.CORROBORATED, "", False)
 
 
-@pytest.mark.parametrize("quantize", [None, "Q8_0"])
-def test_eight_bit_activations_are_priced_against_blocks_alone(
-    quantize: str | None, pygmy: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("recipe", "place", "excused"),
+    [("Q8_0", EightBit, {EightBit, BFloat16}), ("BF16", BFloat16, {BFloat16}), ("F16", None, set())],
+)
+def test_rounded_activations_are_priced_against_the_types_that_meet_them(
+    recipe: str, place: type[Rounding] | None, excused: set[type[Rounding]], pygmy: Path, tmp_path: Path
 ) -> None:
-    """An engine that rounds activations keeps the limits of `speed` where weights lie in blocks, and no others."""
-    from apr_core.model.linear import Weights
-    from apr_core.model.qwen2 import Qwen2
-    from apr_core.parity.floor import EightBit
-    from apr_core.rosetta.convert import convert
+    """`speed` excuses 8 bits against blocks, bfloat16 against BF16, nothing else; `exact` none."""
 
-    class Rounding(Qwen2):
+    class Rounded(Qwen2):
         pass
 
-    admission = admit(convert(pygmy, tmp_path / "copy.gguf", quantize=quantize))
+    admission = admit(convert(pygmy, tmp_path / "copy.gguf", quantize=recipe))
     validated = admission.require()
-    rounding = Rounding(validated, weights=Weights(validated, EightBit()))
     held = prepare(validated, build(admission), np.random.default_rng(11).integers(0, 1000, POSITIONS))
-    for precision in ("exact", "speed"):
-        report = examine(held, rounding, precision)
-        priced = report.rounding
-        assert priced is (precision == "speed" and quantize == "Q8_0")
-        assert report.part("decode").verdict is (Verdict.CORROBORATED if priced else Verdict.FALSIFIED)
-        assert (str(report.first) if report.first else "").startswith("" if priced else "layers.0.q")
+    for kind in (EightBit, BFloat16):
+        engine = Rounded(validated, weights=Weights(validated, kind()))
+        for precision, owed in (("exact", None), ("speed", place)):
+            report = examine(held, engine, precision)
+            right = precision == "speed" and kind in excused
+            assert report.verdict is (Verdict.CORROBORATED if right else Verdict.FALSIFIED)
+            assert type(report.rounding) is (type(None) if owed is None else owed)
+            assert [name for name in report.floor.measured if "activations" in name] == ([owed.name] if owed else [])
+            assert owed is not None or str(report.first).startswith("layers.0.q at position 0")
+
+
+@pytest.mark.parametrize(
+    ("types", "place"),
+    [
+        (["Q4_K"], EightBit),
+        (["F32", "Q5_K"], EightBit),
+        (["Q6_K", "BF16"], EightBit),
+        (["BF16", "Q2_K"], BFloat16),
+        (["F16", "BF16"], BFloat16),
+        (["F16", "F32"], None),
+        (["Q5_1", "Q2_K"], None),
+    ],
+)
+def test_the_types_that_are_multiplied_say_how_activations_are_rounded(
+    types: list[str], place: type[Rounding] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block type without a kernel is widened to F32 and rounds nothing, nor does a table that is only looked up."""
+
+    class Tensor:
+        def __init__(self, kind: str) -> None:
+            self.raw = SimpleNamespace(info=SimpleNamespace(dtype=FORMATS[kind]))
+
+    class Matrix(Tensor):
+        pass
+
+    monkeypatch.setattr(floor, "ValidatedWeight", Matrix)
+    tensors = {"table": Tensor("Q8_0"), **{kind: Matrix(kind) for kind in types[:-1]}}
+    validated: Any = SimpleNamespace(tensors=tensors, head=Tensor(types[-1]))
+    assert type(rounding(validated, "speed", "cpu")) is (place or type(None))
+    assert rounding(validated, "exact", "cuda") is rounding(validated, "reference", "cpu") is None
+    assert type(rounding(validated, "speed", "cuda")) is EightBit
