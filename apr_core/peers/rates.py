@@ -135,7 +135,7 @@ class BindingsLlama:
 
 
 class EagerTransformers:
-    """Hugging Face transformers on the CPU in float32, eager attention; SafeTensors folders alone."""
+    """Hugging Face transformers on the CPU in float32, eager attention; SafeTensors in their folder alone."""
 
     name = "transformers"
     fair = True
@@ -147,11 +147,15 @@ class EagerTransformers:
             import transformers
         except ImportError as error:
             raise Unavailable("peer absent: transformers is not installed") from error
-        if not (model / "config.json").is_file():
+        folder = model if model.is_dir() else model.parent
+        stored = model.is_dir() or ".safetensors" in model.suffixes  # also the index of shards
+        if not (stored and (folder / "config.json").is_file()):
             raise Unavailable("peer absent: transformers needs a folder of SafeTensors", advice="convert the model")
         self.build = f"transformers {transformers.__version__}, torch {torch.__version__}"
         kind: Any = transformers.AutoModelForCausalLM
-        self._model = kind.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+        self._model = kind.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        ).eval()
 
     def round(self, threads: int, prompt: list[int], tokens: int) -> Rates:
         """One prompt and a greedy decode through its cache."""

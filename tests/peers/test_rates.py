@@ -90,13 +90,15 @@ def test_the_bindings_wheel_on_its_own_clock(oracle: Path) -> None:
     assert peer.fair is fairness(peer.features)
 
 
-def test_transformers_eager(pygmy: Path, tmp_path: Path) -> None:
-    """From a folder; a GGUF is not its format."""
+@pytest.mark.parametrize("name", [".", "model.safetensors"])
+def test_transformers_eager(name: str, pygmy: Path, tmp_path: Path) -> None:
+    """From a folder or the file in it, as a subject names it; a GGUF is not its format, whatever lies beside it."""
     pytest.importorskip("transformers")
-    peer = EagerTransformers(pygmy)
+    peer = EagerTransformers(pygmy / name)
     done = peer.round(1, [5, 6, 7], 3)
     assert done.prefill_tok_s > 0
     assert done.decode_tok_s > 0
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(Unavailable, match="needs a folder"):
         EagerTransformers(tmp_path / "m.gguf")
 
