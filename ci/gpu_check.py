@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from apr_core.dtypes import FORMATS
 from apr_core.kernels.gpu import has_triton
@@ -85,12 +86,9 @@ def recording() -> Iterator[list[Launch]]:
     """Record what is launched meanwhile, in the place of launching it."""
     from apr_core.kernels.gpu import launch
 
-    recorder, real = Recorder(), launch.phases
-    launch.phases = recorder
-    try:
+    recorder = Recorder()
+    with patch.object(launch, "phases", recorder):
         yield recorder.seen
-    finally:
-        launch.phases = real
 
 
 class Absent:
