@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from apr_core.parity.distribution import DistributionParity
     from apr_core.parity.opinions import Hearing
     from apr_core.parity.pair import Pair
-    from apr_core.parity.suite import Bench, SuiteReport
+    from apr_core.parity.suite import SuiteReport
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model file or folder, or 'pygmy'.", show_default=False)]
 Reference = Annotated[str, typer.Option(metavar="REF", help="The model that this one claims to be made from.")]
@@ -257,7 +257,7 @@ def examine_all(subject: Subject, source: Subject | None, device: str) -> dict[s
         "reference": {"backend": bench.reference.backend, "device": bench.reference.device},
         "positions": int(ids.size),
         "noise_floor": bench.floor().rows(),
-        "candidates": [_candidate(report, precision, bench) for report, precision in reports],
+        "candidates": [_candidate(report, precision) for report, precision in reports],
         "not_available": missing,
         "against_reference": pair_body(hold(source, subject, ids, PREFILL)) if source else None,
     }
@@ -322,26 +322,20 @@ def statistics(found: DistributionParity) -> dict[str, Any]:
     }
 
 
-def _candidate(report: SuiteReport, precision: str, bench: Bench) -> dict[str, Any]:
-    parts = []
-    for part in report.parts:
-        far = part.name if part.name.startswith("far") else "near"
-        limits = bench.limits(far, report.rounding)
-        names = part.report.names.values() if part.report else ()
-        parts.append(
-            {
-                "name": part.name,
-                "verdict": str(part.verdict),
-                "reason": part.reason,
-                "compared": part.compared,
-                "times_limit": max(
-                    (n.required_tolerance / limits[n.name] for n in names if n.name in limits), default=None
-                ),
-                "required_tolerance": part.report.required_tolerance if part.report else None,
-                "first_divergence": str(part.first) if part.first else None,
-                "statistics": statistics(part.report.logits) if part.report and part.report.logits else None,
-            }
-        )
+def _candidate(report: SuiteReport, precision: str) -> dict[str, Any]:
+    parts = [
+        {
+            "name": part.name,
+            "verdict": str(part.verdict),
+            "reason": part.reason,
+            "compared": part.compared,
+            "times_limit": part.over,
+            "required_tolerance": part.report.required_tolerance if part.report else None,
+            "first_divergence": str(part.first) if part.first else None,
+            "statistics": statistics(part.report.logits) if part.report and part.report.logits else None,
+        }
+        for part in report.parts
+    ]
     prefill = report.part("prefill").report
     return {
         "backend": report.backend,

@@ -42,9 +42,16 @@ Run = Callable[[TracedForward], Trace]
 
 
 class Rounding(Place):
-    """Products of activations that are rounded on purpose; ``name`` says how."""
+    """
+    Products of activations that are rounded on purpose.
+
+    Attributes:
+        name: How.
+        prompts_only: One token alone is not rounded, and owes float32.
+    """
 
     name: ClassVar[str]
+    prompts_only: ClassVar[bool] = False
 
 
 class EightBit(Rounding):
@@ -64,6 +71,7 @@ class BFloat16(Rounding):
     """Products of activations that are rounded to bfloat16, as a dot product of pairs takes them."""
 
     name = "activations in bfloat16"
+    prompts_only = True
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Round ``x``, then multiply."""

@@ -5,6 +5,7 @@ The parity suite: one candidate against the reference on everything that a forwa
     far                  the same at positions 4000 and 30000, by an offset, where the context reaches so far
     cached against full  the candidate's cached steps against its own prefill: needs no second backend
     singly               the candidate's prompt token by token against the same prompt at once
+    steps alone          that prompt against the reference by float32's limits, of a candidate that rounds prompts only
     isolation            A, B, A, and two streams in turn: A's answers are A's, bit for bit
     tracing              logits and greedy tokens with tracing on and off, bit for bit
 
@@ -49,6 +50,7 @@ class Part:
         compared: Rows, or values where bits are compared.
         report: The comparison, where it is one of traces.
         first: The first divergence beyond the limits.
+        over: The largest rel_l2 over the limit of its name, where one was compared.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Part:
     compared: int
     report: ParityReport | None = None
     first: Divergence | None = None
+    over: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +184,8 @@ def examinations(bench: Bench, candidate: TracedForward, place: Rounding | None 
     yield against("cached against full", rows(full, PREFILL, None), rows(mine, PREFILL, None), limits)
     single = follow(candidate, bench.ids[:PREFILL], 1, full=True)
     yield against("singly", rows(full, 0, PREFILL), single, limits)
+    if place is not None and place.prompts_only:
+        yield against("steps alone", rows(near, 0, PREFILL), single, bench.limits("near"))
     yield isolated(candidate, bench.ids)
     yield tracing(candidate, bench.ids)
 
@@ -194,7 +199,8 @@ def against(
     tau = 0.0 if logits is None else decisive_margin(logits, limits[LOGITS])
     report = compare(reference, candidate, expect=mandatory_names(layers), tau=tau)
     verdict, reason = report.judge(limits, fewest=fewest if logits is None else min(fewest, len(logits)))
-    return Part(name, verdict, reason, report.compared, report, report.first_divergence(limits))
+    over = report.only(*limits).over(limits) if report.names else None
+    return Part(name, verdict, reason, report.compared, report, report.first_divergence(limits), over)
 
 
 def rows(trace: Trace, first: int, last: int | None) -> Trace:
