@@ -300,7 +300,7 @@ class CpuQwen2:
         widest = max(width.values()) // 32
         digits = self._mode.digits
         tiles = np.zeros(rows // TILE * widest * tile_block_bytes(TILE, digits), np.uint8)
-        rounded = np.zeros((rows, max(width.values())) if digits == 1 else 0, np.uint16)
+        rounded = np.zeros((rows, max(width.values())) if digits == 1 else 0, np.float32)
         self._shared = np.zeros(1 + step.ROPE, np.int64)
         for at, buffer in self._buffers.items():
             self._shared[at] = buffer.ctypes.data

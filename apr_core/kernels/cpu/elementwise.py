@@ -105,7 +105,7 @@ def cache_position(key: int, value: int, keys: int, values: int, position: int, 
 
 
 @njit(**INLINE)
-def _add_four(vector: vec.VectorType, at: Four, offset: int, sums: Vectors) -> Vectors:
+def add_four(vector: vec.VectorType, at: Four, offset: int, sums: Vectors) -> Vectors:
     """Add one vector times a float32 of each of four rows."""
     return (
         vec.fma(vector, vec.broadcast_f32(at[0] + offset), sums[0]),
@@ -116,7 +116,8 @@ def _add_four(vector: vec.VectorType, at: Four, offset: int, sums: Vectors) -> V
 
 
 @njit(**INLINE)
-def _zeros() -> Vectors:
+def four_zeros() -> Vectors:
+    """Where sums of `add_four` begin."""
     z = vec.zero_f32()
     return z, z, z, z
 
@@ -136,12 +137,12 @@ def _dot_panels(queries: Four, keys: int, panels: int, head_dim: int, scores: Fo
     for p in range(0, panels, 2):
         second = min(p + 1, panels - 1)
         at, other = keys + p * 64 * head_dim, keys + second * 64 * head_dim
-        a, b, c, d = _zeros(), _zeros(), _zeros(), _zeros()
+        a, b, c, d = four_zeros(), four_zeros(), four_zeros(), four_zeros()
         for i in range(0, 4 * head_dim, 8):
-            a = _add_four(vec.load_f32(at), queries, i, a)
-            b = _add_four(vec.load_f32(at + 64), queries, i + 4, b)
-            c = _add_four(vec.load_f32(other), queries, i, c)
-            d = _add_four(vec.load_f32(other + 64), queries, i + 4, d)
+            a = add_four(vec.load_f32(at), queries, i, a)
+            b = add_four(vec.load_f32(at + 64), queries, i + 4, b)
+            c = add_four(vec.load_f32(other), queries, i, c)
+            d = add_four(vec.load_f32(other + 64), queries, i + 4, d)
             at, other = at + 128, other + 128
         _keep_scores(a, b, scale, scores, 64 * p)
         _keep_scores(c, d, scale, scores, 64 * second)
@@ -221,14 +222,14 @@ def attend(
     for i in range(0, row, 128):
         second = min(i + 64, row - 64)
         lanes = head_dim - i // 4
-        a, b, c, d = _zeros(), _zeros(), _zeros(), _zeros()
+        a, b, c, d = four_zeros(), four_zeros(), four_zeros(), four_zeros()
         column, other = values + i, values + second
         for t in range(0, common, 2):
             here, there = column + t * row, other + t * row
-            a = _add_four(vec.load_f32(here), at, 4 * t, a)
-            b = _add_four(vec.load_f32(here + row), at, 4 * t + 4, b)
-            c = _add_four(vec.load_f32(there), at, 4 * t, c)
-            d = _add_four(vec.load_f32(there + row), at, 4 * t + 4, d)
+            a = add_four(vec.load_f32(here), at, 4 * t, a)
+            b = add_four(vec.load_f32(here + row), at, 4 * t + 4, b)
+            c = add_four(vec.load_f32(there), at, 4 * t, c)
+            d = add_four(vec.load_f32(there + row), at, 4 * t + 4, d)
         spare = scores + 4 * span
         _keep_mixed(a[0], b[0], inverse[0], column, row, common, lengths[0], at[0], outs[0] + i, lanes, spare)
         _keep_mixed(a[1], b[1], inverse[1], column, row, common, lengths[1], at[1], outs[1] + i, lanes, spare)

@@ -28,14 +28,18 @@ _NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "f16c", 
 @functools.cache
 def instructions() -> frozenset[str]:
     """
-    Return the vector instruction sets of this processor by LLVM's names, e.g. ``avx2`` and ``avx512vnni``.
+    Return the vector instruction sets that numba compiles for, by LLVM's names, e.g. ``avx2`` and ``avx512vnni``.
 
-    Empty when llvmlite is not there to ask, or does not know the processor.
+    Those of this processor, or of ``NUMBA_CPU_FEATURES`` (``+avx2,-avx512f``) where that is set. Empty when llvmlite is
+    not there to ask, or does not know the processor.
     """
     if importlib.util.find_spec("llvmlite") is None:
         return frozenset()
     from llvmlite import binding
 
+    chosen = os.environ.get("NUMBA_CPU_FEATURES")
+    if chosen:
+        return frozenset(name.strip()[1:] for name in chosen.split(",") if name.strip().startswith("+"))
     try:
         features = binding.get_host_cpu_features()
     except RuntimeError:  # LLVM knows no features of this kind of processor

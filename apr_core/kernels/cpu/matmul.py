@@ -8,8 +8,8 @@ byte dot product does four multiplications where a float instruction does one.
 A block of the scratch area of a type with codes, 640 bytes: 512 codes; 16 float32 scales; then 16 more scales (Q6_K,
 whose halves differ) or 16 minima (Q4_K, Q5_K). A column of a float type: 16 float32.
 
-BF16 in `speed` meets activations that are rounded to bfloat16, as llama.cpp has them: the dot product of pairs reads
-its panels as they lie, two panels at a time, which is enough chains to hide its latency.
+BF16 in `speed` meets activations that are rounded to bfloat16, as llama.cpp has them. Where the processor has a dot
+product of pairs it reads the panels as they lie, two at a time, which is enough chains to hide its latency.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numba import njit
 
 from apr_core.kernels.cpu import codes, vec
 from apr_core.kernels.cpu.activations import TILE, block_bytes, scale_at, total_at
+from apr_core.kernels.cpu.elementwise import add_four, four_zeros
 from apr_core.kernels.cpu.jit import INLINE, JIT
 from apr_core.kernels.cpu.matvec import load_column, part_product, whole_product
 
@@ -225,6 +226,19 @@ def _tile_of_floats(w: int, other: int, columns: int, x: int, out: int, other_ou
 
 
 @njit(**JIT)
+def _four_of_floats(w: int, columns: int, x: int, out: int, stride: int) -> None:
+    """As `_tile_of_floats` for four tokens and one panel: what fits 16 registers of 8 lanes."""
+    row, sums = 4 * columns, four_zeros()
+    at = (x, x + row, x + 2 * row, x + 3 * row)
+    for k in range(columns):
+        sums = add_four(vec.load_f32(w + 64 * k), at, 4 * k, sums)
+    vec.store_f32(out, sums[0])
+    vec.store_f32(out + stride, sums[1])
+    vec.store_f32(out + 2 * stride, sums[2])
+    vec.store_f32(out + 3 * stride, sums[3])
+
+
+@njit(**JIT)
 def _tile_of_pairs(
     mode: vec.Mode, w: int, other: int, columns: int, x: int, out: int, other_out: int, stride: int
 ) -> None:
@@ -251,7 +265,7 @@ def _floats(
 ) -> None:  # fmt: skip
     """`matmul` of a float type: two panels at a time; an odd last one is met twice, with the same results."""
     columns, nbytes = 32 * blocks, blocks * (2048 if code == 8 else 1024)
-    as_they_lie = meets_bf16(mode, code)
+    as_they_lie = meets_bf16(mode, code) and vec.has_pairs(mode)
     for panel in range(first, stop, 2):
         second = min(panel + 1, stop - 1)
         a, b = w + panel * nbytes, w + second * nbytes
@@ -266,7 +280,14 @@ def _floats(
                 _tile_of_pairs(mode, a, b, columns, x, to, other_to, stride)
                 x += TILE * 2 * columns
             else:
-                _tile_of_floats(a, b, columns, x, to, other_to, stride)
+                if vec.is_wide(mode):
+                    _tile_of_floats(a, b, columns, x, to, other_to, stride)
+                else:
+                    four, rest = 16 * columns, 4 * stride
+                    _four_of_floats(a, columns, x, to, stride)
+                    _four_of_floats(b, columns, x, other_to, stride)
+                    _four_of_floats(a, columns, x + four, to + rest, stride)
+                    _four_of_floats(b, columns, x + four, other_to + rest, stride)
                 x += TILE * 4 * columns
             to, other_to = to + TILE * stride, other_to + TILE * stride
 
@@ -297,8 +318,8 @@ def matmul(
         first: First panel.
         stop: Panel behind the last.
         tiles: Address of the quantised tokens in tiles of `TILE` (read by types with codes).
-        values: Address of the tokens (read by float types): float32 [TILE * count, 32 * blocks], but bfloat16 of that
-            shape where `meets_bf16`.
+        values: Address of the tokens (read by float types): float32 [TILE * count, 32 * blocks]; where
+            `meets_bf16` rounded, and in bfloat16 where `vec.has_pairs`.
         count: Tiles.
         scratch: Address of `SCRATCH` * blocks bytes for this thread alone.
         out: Address of float32 [TILE * count, stride / 4]; the columns of these panels are written.

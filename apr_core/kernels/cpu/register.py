@@ -20,7 +20,7 @@ from apr_core.kernels.cpu.matvec import matvec
 from apr_core.kernels.cpu.panels import BLOCK, LAYOUTS, ROWS, example_bytes, pack_reference
 from apr_core.kernels.cpu.repack import repack
 from apr_core.kernels.cpu.stream import read_all
-from apr_core.kernels.cpu.vec import Mode
+from apr_core.kernels.cpu.vec import Mode, multiplies_pairs
 from apr_core.kernels.registry import Kernel, register
 
 Bytes = NDArray[np.uint8]
@@ -69,7 +69,10 @@ def multiply_many(mode: Mode, dtype: QuantFormat, data: Bytes, rows: int, column
     count, tokens = -(-rows // ROWS), -(-len(x) // TILE) * TILE
     values = np.zeros((tokens, BLOCK * blocks), np.float32)
     values[: len(x), :columns] = x
-    met = encode_bf16(values.reshape(-1)) if _rounds_to_bf16(mode.digits, dtype) else values
+    met: NDArray[np.generic] = values
+    if _rounds_to_bf16(mode.digits, dtype):
+        met = encode_bf16(values.reshape(-1))
+        met = met if multiplies_pairs(mode) else decode_bytes(dtype, met, values.shape)
     size = blocks * tile_block_bytes(TILE, mode.digits)
     tiles = np.zeros(tokens // TILE * size, np.uint8)
     for t in range(len(x)):

@@ -141,11 +141,15 @@ def _quantise(
 
 
 @njit(**JIT)
-def _to_bf16(values: int, out: int, blocks: int, tokens: int, thread: int, threads: int) -> None:
-    """Round a thread's share of rows to bfloat16."""
+def _to_bf16(mode: vec.Mode, values: int, out: int, blocks: int, tokens: int, thread: int, threads: int) -> None:
+    """Round a thread's share of rows to bfloat16; in float32 again where there is no product of pairs."""
     first, stop = _share(tokens * blocks * 2, thread, threads)
     for i in range(first, stop):
-        vec.store_u16(out + 32 * i, vec.bf16_bits(vec.load_f32(values + 64 * i)))
+        bits = vec.bf16_bits(vec.load_f32(values + 64 * i))
+        if vec.has_pairs(mode):
+            vec.store_u16(out + 32 * i, bits)
+        else:
+            vec.store_f32(out + 64 * i, vec.lower_bf16(bits))
 
 
 @njit(**JIT)
@@ -171,7 +175,7 @@ def _round(
     if to_digits:
         _quantise(mode, values, matrices[0, BLOCKS], tokens, single, tiles, thread, threads)
     if to_bf16:
-        _to_bf16(values, rounded, matrices[0, BLOCKS], tokens, thread, threads)
+        _to_bf16(mode, values, rounded, matrices[0, BLOCKS], tokens, thread, threads)
     if (to_digits or to_bf16) and not single:
         _meet(clock, _PREPARE, words, threads, spins)
     _lap(clock, _PREPARE)

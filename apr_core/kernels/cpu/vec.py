@@ -7,8 +7,8 @@ than these. Each function is an `intrinsic`: it may be called from ``@njit`` cod
 instructions. Addresses are int64, e.g. ``array.ctypes.data``; loads and stores need no alignment, and nothing checks
 bounds.
 
-All but `dot_bytes` and `load_f16` are generic LLVM, legal on every target that numba has (a 16-lane vector becomes two
-AVX2 or four NEON registers). Those two take a `Mode` as first argument, whose *type* chooses the instructions when the
+All but the dot products and `load_f16` are generic LLVM, legal on every target that numba has (a 16-lane vector becomes
+two AVX2 or four NEON registers). Those take a `Mode` as first argument, whose *type* chooses the instructions when the
 caller is compiled: one source serves both paths, and a machine without AVX-512 never sees its instructions.
 
 The byte order is little-endian throughout.
@@ -32,7 +32,7 @@ from numba.extending import (
     unbox,
 )
 
-from apr_core.kernels.cpu.features import AVX512, PATHS, multiplies_bf16
+from apr_core.kernels.cpu.features import AVX512, PATHS, instructions, multiplies_bf16
 
 LANES = 16
 
@@ -371,7 +371,7 @@ f16_value = _define(_float, (_int,), _f16_value)
 
 def _dot(builder: Any, name: str, total: Any, x: Any, y: Any, elements: ir.VectorType) -> Any:
     """Call a dot product of LLVM's; older versions of it take the operands as integers."""
-    kind = elements if _accepts(name, total.type, elements) else _INTS
+    kind = elements if _accepts(name, total.type, elements) else x.type
     return _call(builder, name, total.type, total, builder.bitcast(x, kind), builder.bitcast(y, kind))
 
 
@@ -394,6 +394,17 @@ def _accepts(name: str, result: ir.VectorType, operand: ir.VectorType) -> bool:
 
 def _dot_vnni(builder: Any, total: Any, codes: Any, digits: Any) -> Any:
     return _dot(builder, "llvm.x86.avx512.vpdpbusd.512", total, codes, digits, _BYTES64)
+
+
+def _dot_halves(builder: Any, total: Any, codes: Any, digits: Any) -> Any:
+    """The instruction on two vectors of half the width: AVX-VNNI, of processors without AVX-512."""
+    bytes32, ints8 = ir.VectorType(_I8, 32), ir.VectorType(_I32, 8)
+    done = []
+    for first in (0, 8):
+        at = ir.Constant(ints8, list(range(first, first + 8)))
+        part, x, y = (builder.shuffle_vector(value, value, at) for value in (total, codes, digits))
+        done.append(_dot(builder, "llvm.x86.avx512.vpdpbusd.256", part, x, y, bytes32))
+    return builder.shuffle_vector(*done, ir.Constant(_INTS, list(range(LANES))))
 
 
 def _multiply_add(builder: Any, x: Any, y: Any) -> Any:
@@ -430,11 +441,6 @@ def _pairs_native(builder: Any, total: Any, x: Any, y: Any) -> Any:
     return _dot(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total, x, y, ir.VectorType(_Bfloat(), 32))
 
 
-def _pairs_portable(builder: Any, total: Any, x: Any, y: Any) -> Any:
-    upper = _fma(builder, _upper_bf16(builder, x), _upper_bf16(builder, y), total)
-    return _fma(builder, _lower_bf16(builder, x), _lower_bf16(builder, y), upper)
-
-
 def _half_to_float(builder: Any, words: Any) -> Any:
     """
     Convert 16 float16 (in the low halves of lanes) by integer arithmetic.
@@ -463,12 +469,26 @@ def dot_bytes(typing_context: Any, mode: Any, total: Any, codes: Any, digits: An
     """
     Per lane: ``total`` plus the four products of unsigned bytes of ``codes`` with signed bytes of ``digits``.
 
-    Exact on both paths: 4 * 255 * 128 fits int32, and nothing saturates on the way.
+    Exact however it is done: 4 * 255 * 128 fits int32, and nothing saturates on the way.
     """
     if not isinstance(mode, ModeType):
         return None
-    emit = _dot_vnni if mode.mode.path == AVX512 else _dot_portable
+    emit = _dot_vnni if mode.mode.path == AVX512 else _dot_halves if "avxvnni" in instructions() else _dot_portable
     return i32x16(mode, i32x16, i32x16, i32x16), _generator(emit)
+
+
+@intrinsic
+def has_pairs(typing_context: Any, mode: Any) -> Any:
+    """Whether `dot_pairs` may be called, a constant of the compiled code."""
+    if not isinstance(mode, ModeType):
+        return None
+    there = ir.Constant(ir.IntType(1), multiplies_pairs(mode.mode))
+    return types.boolean(mode), lambda context, builder, signature, values: there
+
+
+def multiplies_pairs(mode: Mode) -> bool:
+    """Say whether `dot_pairs` runs here."""
+    return mode.path == AVX512 and multiplies_bf16()
 
 
 @intrinsic
@@ -476,18 +496,17 @@ def dot_pairs(typing_context: Any, mode: Any, total: Any, x: Any, y: Any) -> Any
     """
     Per lane: ``total`` plus the two products of a pair of bfloat16 in ``x`` with one in ``y``, in float32.
 
-    One instruction where the processor has it (AVX512-BF16, which takes subnormal numbers for zero), else two fused
-    multiply-adds: roundings may differ in the last bit.
+    AVX512-BF16, which takes subnormal numbers for zero; elsewhere, where `has_pairs` is False, it gives ``total``.
     """
     if not isinstance(mode, ModeType):
         return None
-    native = mode.mode.path == AVX512 and multiplies_bf16()
-    return f32x16(mode, f32x16, i32x16, i32x16), _generator(_pairs_native if native else _pairs_portable)
+    emit = _pairs_native if multiplies_pairs(mode.mode) else lambda builder, total, x, y: total
+    return f32x16(mode, f32x16, i32x16, i32x16), _generator(emit)
 
 
 @intrinsic
 def load_f16(typing_context: Any, mode: Any, address: Any) -> Any:
-    """Load 16 float16 as float32, exactly; the portable path needs no conversion instruction."""
+    """Load 16 float16 as float32, exactly; by the processor's own conversion where it has one (F16C)."""
     if not isinstance(mode, ModeType):
         return None
 
@@ -497,7 +516,16 @@ def load_f16(typing_context: Any, mode: Any, address: Any) -> Any:
     def portable(builder: Any, at: Any) -> Any:
         return _half_to_float(builder, builder.zext(_load(builder, at, _WORDS), _INTS))
 
-    return f32x16(mode, _address), _generator(native if mode.mode.path == AVX512 else portable)
+    return f32x16(mode, _address), _generator(native if "f16c" in instructions() else portable)
+
+
+@intrinsic
+def is_wide(typing_context: Any, mode: Any) -> Any:
+    """Whether 32 vectors fit the registers, a constant of the compiled code: with AVX-512; else 8 do at most."""
+    if not isinstance(mode, ModeType):
+        return None
+    wide = ir.Constant(ir.IntType(1), mode.mode.path == AVX512)
+    return types.boolean(mode), lambda context, builder, signature, values: wide
 
 
 @intrinsic

@@ -61,6 +61,12 @@ def test_nothing_is_asked_for_ahead_without_a_compiler(monkeypatch: pytest.Monke
     assert features.bytes_ahead.__wrapped__() == 0
 
 
+def test_instructions_that_numba_is_told_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for another processor must not hold what it lacks."""
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "+avx2, +fma,-avx512f")
+    assert features.instructions.__wrapped__() == {"avx2", "fma"}
+
+
 def test_instructions_are_empty_where_nobody_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """No llvmlite, or a processor that it does not know: no instruction is assumed."""
     features.instructions.cache_clear()

@@ -35,8 +35,24 @@ def _digits(mode: Any) -> int:
     return vec.digits_of(mode)
 
 
+_anywhere = vec._define(vec.i32x16, (vec.i32x16,) * 3, vec._dot_portable)
+_by_integers = vec._define(vec.f32x16, (vec.i32x16,), vec._half_to_float)
+
+
+@njit
+def _dot_anywhere(_: Any, total: int, codes: int, digits: int, out: int) -> None:
+    vec.store_i32(out, _anywhere(vec.load_i32(total), vec.load_i32(codes), vec.load_i32(digits)))
+
+
+@njit
+def _halves_by_integers(_: Any, at: int, out: int, groups: int) -> None:
+    for group in range(groups):
+        vec.store_f32(out + 64 * group, _by_integers(vec.load_u16(at + 32 * group)))
+
+
+@pytest.mark.parametrize("dot", [_dot, _dot_anywhere])
 @pytest.mark.parametrize("path", PATHS)
-def test_dot_of_bytes_is_exact_at_its_extremes(path: str) -> None:
+def test_dot_of_bytes_is_exact_at_its_extremes(path: str, dot: Any) -> None:
     """255 times -128 four times, where a saturating instruction would be wrong, and random bytes."""
     random = np.random.default_rng(0)
     codes = random.integers(0, 256, (16, 4), dtype=np.uint8)
@@ -44,31 +60,33 @@ def test_dot_of_bytes_is_exact_at_its_extremes(path: str) -> None:
     codes[:4], digits[:2], digits[2:4] = 255, -128, 127
     total = random.integers(-(2**30), 2**30, 16, dtype=np.int32)
     out = np.full(16, -1, np.int32)
-    _dot(Mode(path), total.ctypes.data, codes.ctypes.data, digits.ctypes.data, out.ctypes.data)
+    dot(Mode(path), total.ctypes.data, codes.ctypes.data, digits.ctypes.data, out.ctypes.data)
     expected = total + (codes.astype(np.int32) * digits.astype(np.int32)).sum(axis=1)
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("convert", [_halves, _halves_by_integers])
 @pytest.mark.parametrize("path", PATHS)
-def test_every_float16_converts_exactly(path: str) -> None:
+def test_every_float16_converts_exactly(path: str, convert: Any) -> None:
     """All 65536 patterns: subnormal, infinite and NaN ones too."""
     bits = np.arange(65536, dtype=np.uint16)
     out = np.empty(65536, np.float32)
-    _halves(Mode(path), bits.ctypes.data, out.ctypes.data, 4096)
+    convert(Mode(path), bits.ctypes.data, out.ctypes.data, 4096)
     np.testing.assert_array_equal(out, bits.view(np.float16).astype(np.float32))
 
 
 @njit
 def _pairs(mode: Any, total: int, x: int, y: int, out: int) -> None:
     a, b = vec.load_i32(x), vec.load_i32(y)
-    vec.store_f32(out, vec.dot_pairs(mode, vec.load_f32(total), a, b))
+    if vec.has_pairs(mode):
+        vec.store_f32(out, vec.dot_pairs(mode, vec.load_f32(total), a, b))
     vec.store_f32(out + 64, vec.lower_bf16(a))
     vec.store_f32(out + 128, vec.upper_bf16(a))
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_pairs_of_bfloat16(path: str) -> None:
-    """Both halves exactly, and the sum of their products; a NaN and an infinity show."""
+    """Both halves exactly, and the sum of their products where there is one; a NaN and an infinity show."""
     random = np.random.default_rng(5)
     x, y = (random.standard_normal((16, 2)).astype(np.float32) for _ in range(2))
     x[0, 0], x[1, 1] = np.nan, np.inf
@@ -77,7 +95,7 @@ def test_pairs_of_bfloat16(path: str) -> None:
     total, out = random.standard_normal(16).astype(np.float32), np.zeros((3, 16), np.float32)
     _pairs(Mode(path), total.ctypes.data, bits[0].ctypes.data, bits[1].ctypes.data, out.ctypes.data)
     expected = total + (wide[0].astype(np.float64) * wide[1]).sum(axis=1)
-    np.testing.assert_allclose(out[0], expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(out[0], expected if vec.multiplies_pairs(Mode(path)) else 0, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(out[1:], wide[0].T)
 
 
@@ -258,14 +276,14 @@ def test_atomics_in_one_thread() -> None:
     assert cell[0] == 19
 
 
-@pytest.mark.parametrize("intrinsic", ["load_f16", "digits_of", "dot_bytes", "dot_pairs"])
+@pytest.mark.parametrize("intrinsic", ["load_f16", "digits_of", "is_wide", "has_pairs", "dot_bytes", "dot_pairs"])
 def test_a_kernel_without_a_mode_does_not_compile(intrinsic: str) -> None:
     """A number in the mode's place is a type error, not the portable path."""
     from numba.core.errors import TypingError
 
     function = getattr(vec, intrinsic)
     three = "(1, f(), f(), f())"
-    arguments = {"load_f16": "(1, 2)", "digits_of": "(1)", "dot_bytes": three, "dot_pairs": three}[intrinsic]
+    arguments = {"load_f16": "(1, 2)", "dot_bytes": three, "dot_pairs": three}.get(intrinsic, "(1)")
     space: dict[str, Any] = {"intrinsic": function, "f": vec.zero_i32}
     exec(f"def wrong():\n    return intrinsic{arguments}\n", space)
     with pytest.raises(TypingError):
