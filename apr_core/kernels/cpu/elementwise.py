@@ -23,6 +23,7 @@ _C5, _C6, _C7 = np.float32(8.3334519073e-3), np.float32(1.3981999507e-3), np.flo
 _ONE = np.float32(1)
 
 Four = tuple[int, int, int, int]
+Floats = tuple[float, float, float, float]
 Vectors = tuple[vec.VectorType, vec.VectorType, vec.VectorType, vec.VectorType]
 
 
@@ -189,6 +190,27 @@ def _keep_mixed(
             vec.write_f32(out + 4 * k, vec.read_f32(spare + 4 * k))
 
 
+@njit(**INLINE)
+def _keep_four(
+    even: Vectors, odd: Vectors, inverse: Floats, column: int, row: int, first: int, lengths: Four, scores: Four,
+    outs: Four, offset: int, head_dim: int, spare: int,
+) -> None:  # fmt: skip
+    """`_keep_mixed` of four queries, at the same offset of their results."""
+    lanes = head_dim - offset // 4
+    _keep_mixed(
+        even[0], odd[0], inverse[0], column, row, first, lengths[0], scores[0], outs[0] + offset, lanes, spare
+    )  # fmt: skip
+    _keep_mixed(
+        even[1], odd[1], inverse[1], column, row, first, lengths[1], scores[1], outs[1] + offset, lanes, spare
+    )  # fmt: skip
+    _keep_mixed(
+        even[2], odd[2], inverse[2], column, row, first, lengths[2], scores[2], outs[2] + offset, lanes, spare
+    )  # fmt: skip
+    _keep_mixed(
+        even[3], odd[3], inverse[3], column, row, first, lengths[3], scores[3], outs[3] + offset, lanes, spare
+    )  # fmt: skip
+
+
 @njit(**JIT)
 def attend(
     queries: Four, lengths: Four, keys: int, values: int, head_dim: int, row: int, scores: int, outs: Four
@@ -221,7 +243,6 @@ def attend(
     common = lengths[0] // 2 * 2
     for i in range(0, row, 128):
         second = min(i + 64, row - 64)
-        lanes = head_dim - i // 4
         a, b, c, d = four_zeros(), four_zeros(), four_zeros(), four_zeros()
         column, other = values + i, values + second
         for t in range(0, common, 2):
@@ -231,13 +252,6 @@ def attend(
             c = add_four(vec.load_f32(there), at, 4 * t, c)
             d = add_four(vec.load_f32(there + row), at, 4 * t + 4, d)
         spare = scores + 4 * span
-        _keep_mixed(a[0], b[0], inverse[0], column, row, common, lengths[0], at[0], outs[0] + i, lanes, spare)
-        _keep_mixed(a[1], b[1], inverse[1], column, row, common, lengths[1], at[1], outs[1] + i, lanes, spare)
-        _keep_mixed(a[2], b[2], inverse[2], column, row, common, lengths[2], at[2], outs[2] + i, lanes, spare)
-        _keep_mixed(a[3], b[3], inverse[3], column, row, common, lengths[3], at[3], outs[3] + i, lanes, spare)
+        _keep_four(a, b, inverse, column, row, common, lengths, at, outs, i, head_dim, spare)
         if second > i:
-            lanes = head_dim - second // 4
-            _keep_mixed(c[0], d[0], inverse[0], other, row, common, lengths[0], at[0], outs[0] + second, lanes, spare)
-            _keep_mixed(c[1], d[1], inverse[1], other, row, common, lengths[1], at[1], outs[1] + second, lanes, spare)
-            _keep_mixed(c[2], d[2], inverse[2], other, row, common, lengths[2], at[2], outs[2] + second, lanes, spare)
-            _keep_mixed(c[3], d[3], inverse[3], other, row, common, lengths[3], at[3], outs[3] + second, lanes, spare)
+            _keep_four(c, d, inverse, other, row, common, lengths, at, outs, second, head_dim, spare)

@@ -30,15 +30,17 @@ def instructions() -> frozenset[str]:
     """
     Return the vector instruction sets that numba compiles for, by LLVM's names, e.g. ``avx2`` and ``avx512vnni``.
 
-    Those of this processor, or of ``NUMBA_CPU_FEATURES`` (``+avx2,-avx512f``) where that is set. Empty when llvmlite is
-    not there to ask, or does not know the processor.
+    Those of this processor, or what numba was told: ``NUMBA_CPU_FEATURES`` (``+avx2,-avx512f``), or none where
+    ``NUMBA_CPU_NAME`` is ``generic``. Empty when llvmlite is not there to ask, or does not know the processor.
     """
     if importlib.util.find_spec("llvmlite") is None:
         return frozenset()
     from llvmlite import binding
 
     chosen = os.environ.get("NUMBA_CPU_FEATURES")
-    if chosen:
+    if chosen is None and os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic":
+        chosen = ""
+    if chosen is not None:
         return frozenset(name.strip()[1:] for name in chosen.split(",") if name.strip().startswith("+"))
     try:
         features = binding.get_host_cpu_features()

@@ -464,6 +464,18 @@ def _generator(emit: Emit) -> Callable[..., Any]:
     return generate
 
 
+def _constant(result: types.Type, kind: Any, value: Callable[[Mode], int]) -> Any:
+    """Make an intrinsic that gives what a mode says, a constant of the compiled code."""
+
+    def constant(typing_context: Any, mode: Any) -> Any:
+        if not isinstance(mode, ModeType):
+            return None
+        said = ir.Constant(kind, value(mode.mode))
+        return result(mode), lambda context, builder, signature, values: said
+
+    return intrinsic(constant)
+
+
 @intrinsic
 def dot_bytes(typing_context: Any, mode: Any, total: Any, codes: Any, digits: Any) -> Any:
     """
@@ -477,18 +489,13 @@ def dot_bytes(typing_context: Any, mode: Any, total: Any, codes: Any, digits: An
     return i32x16(mode, i32x16, i32x16, i32x16), _generator(emit)
 
 
-@intrinsic
-def has_pairs(typing_context: Any, mode: Any) -> Any:
-    """Whether `dot_pairs` may be called, a constant of the compiled code."""
-    if not isinstance(mode, ModeType):
-        return None
-    there = ir.Constant(ir.IntType(1), multiplies_pairs(mode.mode))
-    return types.boolean(mode), lambda context, builder, signature, values: there
-
-
 def multiplies_pairs(mode: Mode) -> bool:
     """Say whether `dot_pairs` runs here."""
     return mode.path == AVX512 and multiplies_bf16()
+
+
+has_pairs = _constant(types.boolean, ir.IntType(1), multiplies_pairs)
+"""Whether `dot_pairs` may be called."""
 
 
 @intrinsic
@@ -519,22 +526,10 @@ def load_f16(typing_context: Any, mode: Any, address: Any) -> Any:
     return f32x16(mode, _address), _generator(native if "f16c" in instructions() else portable)
 
 
-@intrinsic
-def is_wide(typing_context: Any, mode: Any) -> Any:
-    """Whether 32 vectors fit the registers, a constant of the compiled code: with AVX-512; else 8 do at most."""
-    if not isinstance(mode, ModeType):
-        return None
-    wide = ir.Constant(ir.IntType(1), mode.mode.path == AVX512)
-    return types.boolean(mode), lambda context, builder, signature, values: wide
-
-
-@intrinsic
-def digits_of(typing_context: Any, mode: Any) -> Any:
-    """The mode's number of digits, a constant of the compiled code."""
-    if not isinstance(mode, ModeType):
-        return None
-    count = ir.Constant(_I64, mode.mode.digits)
-    return types.int64(mode), lambda context, builder, signature, values: count
+is_wide = _constant(types.boolean, ir.IntType(1), lambda mode: mode.path == AVX512)
+"""Whether 32 vectors fit the registers: with AVX-512; else 8 do at most."""
+digits_of = _constant(types.int64, _I64, lambda mode: mode.digits)
+"""The mode's number of digits."""
 
 
 # ---- threads

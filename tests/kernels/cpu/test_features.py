@@ -65,6 +65,9 @@ def test_instructions_that_numba_is_told_count(monkeypatch: pytest.MonkeyPatch) 
     """Kernels for another processor must not hold what it lacks."""
     monkeypatch.setenv("NUMBA_CPU_FEATURES", "+avx2, +fma,-avx512f")
     assert features.instructions.__wrapped__() == {"avx2", "fma"}
+    monkeypatch.delenv("NUMBA_CPU_FEATURES")
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    assert features.instructions.__wrapped__() == frozenset()
 
 
 def test_instructions_are_empty_where_nobody_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
